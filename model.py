@@ -1,0 +1,360 @@
+"""LLaMA with a value head: the network, the tree mask, the tree-shaped KV cache, loading and saving.
+
+Module and parameter names equal Hugging Face's `LlamaForCausalLM`, so that checkpoints load without conversion. One
+forward pass returns both heads: next-token logits, and the value V in (-1, 1) of the partial solution that ends at
+each token (AlphaMath section 3: linear + tanh on the last hidden state).
+
+Dimension key: B rows (trees, packs or questions), T tokens fed, S cached + new tokens, D width, V vocabulary,
+H query heads, G key/value heads, K head width, F feed-forward width, L layers.
+"""
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import InputError
+
+PRESETS = {  # names for `load_model`; any other name is a folder or a Hugging Face repository id
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of a Hugging Face LLaMA config.json that change the computation."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
+    """Rotary position embedding in Hugging Face's layout: dimension i is paired with i + K/2."""
+    low, high = x_BTHK.chunk(2, dim=-1)
+    return x_BTHK * cos_BT1K + torch.cat((-high, low), dim=-1) * sin_BT1K
+
+
+class Attention(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.heads, self.groups, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, store) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BTHK = rotate(self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim), cos, sin)
+        k_BTGK = rotate(self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim), cos, sin)
+        v_BTGK = self.v_proj(x_BTD).view(B, T, self.groups, self.head_dim)
+        k_BSGK, v_BSGK = store(k_BTGK, v_BTGK) if store else (k_BTGK, v_BTGK)
+        k_BGSK, v_BGSK = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
+        if mask is None:
+            out_BHTK = F.scaled_dot_product_attention(q_BTHK.transpose(1, 2), k_BGSK, v_BGSK, is_causal=True,
+                                                      enable_gqa=self.heads != self.groups)
+        else:  # the query heads of a group stand in line as further queries: keys are read once, not once a head
+            q_BGXK = q_BTHK.transpose(1, 2).reshape(B, self.groups, -1, self.head_dim)
+            out_BHTK = F.scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask).view(B, self.heads, T, -1)
+        return self.o_proj(out_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, store) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, store)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: the part that Hugging Face names `model`."""
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Decoder-only transformer with a language-model head (tied to the embedding or not) and a value head."""
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.value_head = nn.Linear(config.hidden_size, 1)
+        self.value_dropout = nn.Dropout(0.1)  # AlphaMath official code
+
+    def init_weights(self, seed: int = 0):
+        """Draw fresh weights: normal(0, initializer_range), residual outputs scaled down by depth as in GPT-2."""
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.initializer_range
+                nn.init.normal_(parameter, 0.0, std, generator=generator)
+        nn.init.zeros_(self.value_head.bias)
+        return self
+
+    def hidden(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
+               cache: "TreeCache | None" = None) -> Tensor:
+        """Final hidden states (B, T, D); both heads are linear functions of them."""
+        if position_BT is None:
+            position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
+        x_BTD = self.model.embed_tokens(token_BT)
+        cos, sin = self.rotary(position_BT, x_BTD.dtype)
+        if mask is not None:  # additive, converted once; repeated for the query heads that share a key (see Attention)
+            mask = torch.zeros(mask.shape, device=mask.device, dtype=x_BTD.dtype).masked_fill_(~mask, -math.inf)
+            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+        for index, layer in enumerate(self.model.layers):
+            x_BTD = layer(x_BTD, cos, sin, mask, cache.layer(index) if cache else None)
+        return self.model.norm(x_BTD)
+
+    def rotary(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, T, 1, K) of the rotary angles, computed in float32 from positions: no buffer to lose on meta."""
+        half = torch.arange(0, self.config.head_dim, 2, device=position_BT.device, dtype=torch.float32)
+        angle_BTK = position_BT[..., None].float() * self.config.rope_theta ** -(half / self.config.head_dim)
+        angle_BT1K = torch.cat((angle_BTK, angle_BTK), dim=-1).unsqueeze(2)
+        return angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., V) of hidden states (..., D)."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def value(self, hidden: Tensor) -> Tensor:
+        """V in (-1, 1), float32, of the prefix that ends at each hidden state (..., D)."""
+        return torch.tanh(self.value_head(self.value_dropout(hidden)).squeeze(-1).float())
+
+    def forward(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
+                cache: "TreeCache | None" = None) -> tuple[Tensor, Tensor]:
+        """(logits_BTV, value_BT). Without position and mask it is plain causal. `mask` (B, 1, T, S) is True where a
+        query may look; with a cache, S counts the cache's slots in use and includes the fed tokens' own slots."""
+        hidden_BTD = self.hidden(token_BT, position_BT, mask, cache)
+        return self.logits(hidden_BTD), self.value(hidden_BTD)
+
+
+def tree_mask(subtree_end_BT: Tensor) -> Tensor:
+    """Boolean mask (B, 1, T, T) of a depth-first packed forest: token q sees token k iff k <= q < subtree_end[k].
+
+    That is causality, ancestry, separation of siblings and isolation of packed documents in one line.
+    """
+    index_T = torch.arange(subtree_end_BT.shape[1], device=subtree_end_BT.device)
+    query, key = index_T[:, None], index_T[None, :]
+    return ((key <= query) & (query < subtree_end_BT[:, None, :])).unsqueeze(1)
+
+
+class TreeCache:
+    """Keys and values of many trees: one row a question, one slot a token, in any order of growth.
+
+    `at` says where the next forward pass writes its tokens and how many slots it reads; the mask says who sees whom.
+    Slot 0 of each row is waste: lanes without work write there, and nobody who matters looks there.
+    """
+    def __init__(self, config: LlamaConfig, rows: int, slots: int, device="cpu", dtype=torch.float32):
+        shape = (rows, slots, config.num_key_value_heads, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+
+    def at(self, slot_BT: Tensor, length: int, row_B: Tensor | None = None) -> "TreeCache":
+        """Write to `slot_BT` of rows `row_B` (default: all rows in order), then read the first `length` slots."""
+        self.slot_BT, self.length, self.row_B = slot_BT, length, row_B
+        self.write_B1 = (torch.arange(slot_BT.shape[0], device=slot_BT.device) if row_B is None else row_B)[:, None]
+        return self
+
+    def layer(self, index: int):
+        def store(k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+            stored = []
+            for memory_BSGK, new_BTGK in ((self.keys[index], k_BTGK), (self.values[index], v_BTGK)):
+                memory_BSGK[self.write_B1, self.slot_BT] = new_BTGK
+                stored.append((memory_BSGK if self.row_B is None else memory_BSGK[self.row_B])[:, :self.length])
+            return stored[0], stored[1]
+        return store
+
+
+# ------------------------------------------------------------------------------------------------ loading and saving
+
+HARMLESS = {  # config.json fields that do not change the computation here
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pad_token_id",
+    "_name_or_path", "attention_dropout", "chunk_size_feed_forward", "is_encoder_decoder", "return_dict",
+    "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type", "_attn_implementation_autoset",
+    "_from_model_config", "is_llama_config", "transformers.js_config", "rope_interleaved_"}
+REQUIRED = {  # fields that are supported at one value only
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "pretraining_tp": 1,
+    "rope_interleaved": False, "sliding_window": None, "quantization_config": None}
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """Read config.json; every field that would change the computation and is not implemented is refused by name."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model folder holds config.json, *.safetensors and tokenizer.json")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})")
+    if raw.get("model_type") != "llama":
+        raise InputError(f"{path}: model_type = {raw.get('model_type')!r} is not supported, only 'llama'")
+    rope = raw.pop("rope_parameters", None) or {}  # transformers 5 nests the rotary fields
+    raw.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    for key, value in rope.items():
+        if (key, value) != ("rope_type", "default") and key != "rope_theta":
+            raise InputError(f"{path}: rope_parameters.{key} = {value!r} is not supported")
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+    for key, value in raw.items():
+        if key in REQUIRED and value != REQUIRED[key]:
+            raise InputError(f"{path}: {key} = {value!r} is not supported, only {REQUIRED[key]!r}")
+        if key not in REQUIRED and key not in HARMLESS and key not in names:
+            raise InputError(f"{path}: unknown field {key!r} may change the computation and is not supported")
+    fields = {key: value for key, value in raw.items() if key in names}
+    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+    if not fields.get("head_dim"):
+        fields["head_dim"] = fields.get("hidden_size", 0) // max(1, fields.get("num_attention_heads", 1))
+    fields.setdefault("rms_norm_eps", 1e-6)  # Hugging Face's default where the file is silent
+    try:
+        config = LlamaConfig(**fields)
+        sizes = [getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                                    "num_attention_heads", "num_key_value_heads", "head_dim")]
+        if not all(type(size) is int and 0 < size < 2**24 for size in sizes) or config.head_dim % 2:
+            raise InputError(f"{path}: sizes must be positive whole numbers and head_dim even, got {sizes}")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise InputError(f"{path}: {config.num_attention_heads} query heads cannot share "
+                             f"{config.num_key_value_heads} key/value heads evenly")
+    except TypeError as error:
+        raise InputError(f"{path}: {error}")
+    return config
+
+
+def find_folder(name: str | Path) -> Path:
+    """A local folder as it is; otherwise a preset or a repository id, downloaded with huggingface-hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    repository = PRESETS.get(str(name), str(name))
+    if str(name) not in PRESETS and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
+        raise InputError(f"{name}: no such folder, and not a preset ({', '.join(PRESETS)}) or repository id owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # network, authorisation, unknown repository: all end the same way for the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: no such folder, and downloading {repository} failed: {reason}")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, and of
+    value_head.safetensors where there is one."""
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    if not files[0].exists() and index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if (folder / "value_head.safetensors").exists():
+        files.append(folder / "value_head.safetensors")
+    tensors = {}
+    for file in files:
+        if not file.exists():
+            raise InputError(f"{file}: no such file; convert other weight formats to safetensors first")
+        try:
+            tensors.update(load_file(file))
+        except SafetensorError as error:
+            raise InputError(f"{file}: not a readable safetensors file ({error})")
+    return tensors
+
+
+def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 0) -> Llama:
+    """Load a model from a Hugging Face folder, preset or repository id, in evaluation mode.
+
+    The network is built on the meta device and filled strictly: a missing, left-over or misshapen tensor raises
+    InputError. Only the value head may be missing; it then starts at normal(0, initializer_range) with bias 0.
+    """
+    folder = find_folder(name)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    tensors = {key: tensor for key, tensor in read_tensors(folder).items() if not key.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
+            raise InputError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from them")
+    if "value_head.weight" not in tensors:
+        weight = torch.empty(1, config.hidden_size)
+        nn.init.normal_(weight, 0.0, config.initializer_range, generator=torch.Generator().manual_seed(seed))
+        tensors |= {"value_head.weight": weight, "value_head.bias": torch.zeros(1)}
+    wanted = {key: parameter.shape for key, parameter in model.named_parameters()}
+    for problem, keys in (("missing tensor", wanted.keys() - tensors.keys()),
+                          ("unexpected tensor", tensors.keys() - wanted.keys())):
+        if keys:
+            raise InputError(f"{folder}: {problem} {sorted(keys)[0]} ({len(keys)} in all)")
+    for key, shape in wanted.items():
+        if tensors[key].shape != shape:
+            raise InputError(f"{folder}: {key} has shape {list(tensors[key].shape)}, config.json asks for {list(shape)}")
+    state = {key: tensor.to(device=device, dtype=dtype) for key, tensor in tensors.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def save_model(model: Llama, folder: str | Path):
+    """Write config.json, model.safetensors and value_head.safetensors; the folder opens in transformers and vLLM.
+
+    Each file appears whole or not at all, config.json last: a folder that holds config.json is complete.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.detach().contiguous().cpu() for key, tensor in model.state_dict().items()}
+    head = {key: state.pop(key) for key in list(state) if key.startswith("value_head.")}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    fixed = {key: value for key, value in REQUIRED.items() if key in ("hidden_act", "attention_bias", "mlp_bias")}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype, "rope_scaling": None,
+              **fixed, **dataclasses.asdict(model.config)}
+    for name, write in (("value_head.safetensors", lambda path: save_file(head, path, {"format": "pt"})),
+                        ("model.safetensors", lambda path: save_file(state, path, {"format": "pt"})),
+                        ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))):
+        write(folder / f"{name}.partial")
+        os.replace(folder / f"{name}.partial", folder / name)

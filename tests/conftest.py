@@ -1,0 +1,50 @@
+"""Shared pieces of the tests: a small random model with redrawn weights and the built-in tokenizer."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from data import StepTokenizer, arithmetic_tokenizer  # noqa: E402
+from model import Llama, LlamaConfig  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def redraw(module: torch.nn.Module, seed: int = 0, std: float = 0.2):
+    """Weights that make mistakes visible: normal(0, std), norms 1 + 0.2 randn."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else std * noise)
+    return module
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    return LlamaConfig(**{**dict(vocab_size=19, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                 num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=0), **changes})
+
+
+@pytest.fixture
+def tokenizer() -> StepTokenizer:
+    return StepTokenizer(arithmetic_tokenizer(), [0])
+
+
+@pytest.fixture
+def model(tokenizer) -> Llama:
+    """Random weights, calm enough that steps end now and then and logits are not saturated."""
+    return redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size())), std=0.1).eval()
+
+
+@pytest.fixture
+def model_folder(tmp_path, model, tokenizer) -> Path:
+    from model import save_model
+    save_model(model, tmp_path / "model")
+    tokenizer.tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    return tmp_path / "model"

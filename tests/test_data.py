@@ -1,0 +1,130 @@
+"""Questions, splits, answers, tokens and tree files."""
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import data
+from data import InputError, Question, StepTokenizer, arithmetic_questions, extract_answer, is_correct, load_questions, \
+    read_trees, solution_tree, split_of
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def test_splits_are_disjoint_for_every_seed_and_size():
+    """Catches a test question that is trained on or searched, whatever the seed and the counts."""
+    texts = {name: {question.text for seed in range(4) for question in arithmetic_questions(name, 400, seed)} for name in data.SPLITS}
+    for name, own in texts.items():
+        assert all(split_of(text) == name for text in own)
+        assert not own & set().union(*(other for key, other in texts.items() if key != name))
+    assert sum(len(owned) for owned in data.SPLITS.values()) == 256
+
+
+def test_questions_are_reproducible_and_right():
+    """Catches answers that disagree with Python's own precedence, and questions that depend on global random state."""
+    random.seed(1)
+    first = arithmetic_questions("test", 200, 5)
+    random.seed(2)
+    assert first == arithmetic_questions("test", 200, 5) and len({question.text for question in first}) == 200
+    for question in first:
+        assert int(question.answer) == eval(question.text) % data.MODULUS
+        assert question.solution is None
+
+
+def test_the_teacher_computes_well_but_takes_any_order():
+    """Catches demonstrations with wrong arithmetic, and a teacher who follows the rules or never hits the right answer."""
+    questions = arithmetic_questions("sft", 300, 0)
+    right = 0
+    for question in questions:
+        for line in question.solution.splitlines():
+            operation, value = line.split(" ")[0].split("=")
+            assert eval(operation) % data.MODULUS == int(value)
+        right += is_correct(extract_answer(question.solution), question.answer)
+    assert 0.25 < right / len(questions) < 0.75
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("so\n#### 1,234", "1,234"), ("The answer is 12.", "12"), ("the final answer is: $5\nmore", "$5"),
+    ("#### 1\n#### 2", "2"), ("no answer here", None), ("####", None), ("#### \n5", None)])
+def test_extract_answer(text, answer):
+    """Catches answers read from the wrong line, and "no answer" taken for an answer."""
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("prediction, answer, same", [
+    ("18", "18.0", True), ("$1,234", "1234", True), ("1/2", "0.5", True), ("36/2", "18", True), ("5 apples", "5", True),
+    ("18", "19", False), ("0.333", "1/3", False), (None, "1", False), ("", "1", False), ("-3", "3", False), ("x", "x", True),
+    ("1/0", "1", False), ("9" * 5000, "1", False), (".5", "0.5", True), ("1e999999999", "1", True)])
+def test_is_correct(prediction, answer, same):
+    """Catches string equality, float rounding, division by zero and numbers that take for ever."""
+    assert is_correct(prediction, answer) is same
+
+
+def test_jsonl_questions(tmp_path):
+    """Catches GSM8K's answer format misread, ids not kept, and a limit that is off by one."""
+    rows = [{"question": "a?", "answer": "step\n#### 1,000"}, {"question": "b?", "answer": 14.0, "id": "own"}, {"question": "c?", "answer": "x"}]
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    questions = load_questions(str(path), 2)
+    assert questions == [Question("some-1", "a?", "1,000", "step\n#### 1,000"), Question("own", "b?", "14.0", None)]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 2: not valid JSON"), ("[1]", "line 2: a JSON object"), ('{"question": "x"}', "line 2: needs a non-empty 'answer'"),
+    ('{"question": "", "answer": "1"}', "line 2: needs a non-empty 'question'"), ('{"question": "x", "answer": "#### "}', "line 2: no answer"),
+    ('{"question": "x", "answer": "1", "solution": 3}', "line 2: 'solution'"), ('{"question": "x", "answer": "1", "id": "q"}', "line 2: id 'q'")])
+def test_malformed_rows_name_file_and_line(tmp_path, line, message):
+    """Catches tracebacks, and rows that are skipped in silence."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "x", "answer": "1", "id": "q"}\n' + line)
+    with pytest.raises(InputError, match=message.replace("'", ".")) as error:
+        load_questions(str(path))
+    assert "bad.jsonl" in str(error.value)
+
+
+def test_solution_tree_is_one_branch(tokenizer):
+    """Catches lost line breaks, a missing end-of-text, and loss on the prompt."""
+    question = Question("q", "1+2*3", "0", "2*3=6 -> 1+6\n1+6=0 #### 0")
+    tree = solution_tree(question, tokenizer)
+    assert [node.parent for node in tree.nodes] == [-1, 0, 1]
+    assert [tokenizer.tokenizer.decode(node.tokens, skip_special_tokens=False) for node in tree.nodes] == [
+        "1+2*3\n", "2*3=6 -> 1+6\n", "1+6=0 #### 0<eos>"]
+    assert [any(node.sampled) for node in tree.nodes] == [False, True, True]
+
+
+def test_step_ends_inside_tokens():
+    """Catches byte-pair tokens that swallow the line break, and blank lines taken for steps."""
+    from tokenizers import Tokenizer, decoders, models
+    words = {"<eos>": 0, "a": 1, ".\n": 2, "\n": 3, "\n\n": 4, "\nb": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.decoder = decoders.Fuse()
+    steps = StepTokenizer(tokenizer, [0])
+    assert steps.breaks_line_V.tolist() == [False, False, True, True, True, True]
+    assert steps.text_before_break_V.tolist() == [True, True, True, False, False, False]
+    assert steps.is_eos_V.tolist() == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"version": 2}, "version"), ({"nodes": []}, "version is not 1"), ({"nodes": [{"parent": 0, "tokens": [1], "sampled": [True]}]}, "parent"),
+    ({"nodes": [{"parent": -1, "tokens": [], "sampled": []}]}, "no tokens"), ({"extra": 1}, "not a tree")])
+def test_malformed_trees_are_refused(tmp_path, change, message):
+    """Catches trees with cycles, without tokens or of another version that reach training."""
+    row = {"id": "t", "question": "?", "answer": "1", "nodes": [{"parent": -1, "tokens": [1], "sampled": [False]}]}
+    path = tmp_path / "trees.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert len(read_trees(path)) == 1
+    path.write_text(json.dumps({**row, **change}) + "\n")
+    with pytest.raises(InputError, match=message):
+        read_trees(path)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the GSM8K files in ../shared/data")
+def test_gsm8k_answers_grade_themselves():
+    """Catches answers of the real data that the reader or the grader cannot parse, or calls equal to a neighbour's."""
+    questions = load_questions(str(SHARED / "gsm8k" / "test.jsonl"))
+    assert len(questions) == 1319 and all(question.solution for question in questions)
+    for question, other in zip(questions, questions[1:]):
+        assert is_correct(extract_answer(question.solution), question.answer)
+        if float(question.answer.replace(",", "")) != float(other.answer.replace(",", "")):
+            assert not is_correct(other.answer, question.answer)

@@ -1,0 +1,186 @@
+"""Selection, closing and backup on hand-built trees; the driver against full forward passes."""
+import math
+import random
+
+import pytest
+import torch
+
+from data import Question, extract_answer, read_trees, write_tree
+from mcts import Driver, Node, SearchConfig, backup, expand, grader, mcts, puct, search_trees, select, to_tree
+
+CONFIG = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, row_slots=700)
+
+
+def child_of(parent, prior=0.5, ending=None, **state):
+    node = Node(parent, [7], math.log(prior), ending=ending, **state)
+    parent.children.append(node)
+    return node
+
+
+def test_puct_is_alphamath_eq_4():
+    """Catches a prior that is normalised or not exponentiated, and a wrong count under the root or in the divisor."""
+    root = Node(visit_count=9)
+    seen = child_of(root, prior=0.25, visit_count=3, value_sum=1.5)
+    fresh = child_of(root, prior=0.5)
+    assert puct(seen, 2.0) == pytest.approx(0.5 + 2.0 * 0.25 * 3 / 4)
+    assert puct(fresh, 2.0) == pytest.approx(0 + 2.0 * 0.5 * 3 / 1)
+    two_tokens = Node(root, [1, 2], math.log(0.25))
+    assert two_tokens.prior == pytest.approx(0.5)
+
+
+def test_select_walks_to_the_best_open_leaf():
+    """Catches selection of terminal children and a walk that stops at an inner node."""
+    root = Node(visit_count=4)
+    child_of(root, prior=0.99, ending="answer", visit_count=1, value_sum=1.0)
+    good = child_of(root, prior=0.9, visit_count=1, value_sum=0.5)
+    child_of(root, prior=0.1, visit_count=1, value_sum=-0.5)
+    leaf = child_of(good)
+    assert select(root, 1.25, random.Random(0)) is leaf
+
+
+def test_exhausted_subtrees_close_and_selection_restarts():
+    """Catches the official code's fault: a whole search that ends when one node has only terminal children."""
+    root = Node(visit_count=4)
+    tempting = child_of(root, prior=0.9, visit_count=2, value_sum=1.8)
+    child_of(tempting, ending="answer")
+    other = child_of(root, prior=0.1, visit_count=1, value_sum=-0.9)
+    assert select(root, 1.25, random.Random(0)) is other
+    assert tempting.closed and not root.closed
+    child_of(other, ending="cut")
+    assert select(root, 1.25, random.Random(0)) is None and root.closed
+
+
+def test_ties_are_broken_at_random():
+    """Catches a search that always prefers the first child."""
+    chosen = set()
+    for seed in range(20):
+        root = Node(visit_count=1)
+        children = [child_of(root), child_of(root)]
+        chosen.add(children.index(select(root, 1.25, random.Random(seed))))
+    assert chosen == {0, 1}
+
+
+def test_backup_is_a_running_mean_without_sign_change():
+    """Catches two-player backup and a mean over the wrong count."""
+    root = Node()
+    step = child_of(root)
+    leaf = child_of(step)
+    for value in (1.0, -1.0, 0.5):
+        backup(leaf, value)
+    backup(step, 1.0)
+    assert (leaf.visit_count, step.visit_count, root.visit_count) == (3, 4, 4)
+    assert leaf.q_value == pytest.approx(0.5 / 3) and root.q_value == pytest.approx(1.5 / 4)
+
+
+def test_expand_merges_identical_children_and_ends_deep_ones():
+    """Catches near-tie pairs between equal siblings, and unfinished steps at the depth limit."""
+    leaf = child_of(Node())
+    children = [Node(leaf, [1, 2], text="a"), Node(leaf, [3], ending="eos"), Node(leaf, [1, 2], text="b")]
+    expand(leaf, children, max_depth=2)
+    assert [child.tokens for child in leaf.children] == [[1, 2], [3]]
+    assert [child.ending for child in leaf.children] == ["deep", "eos"]
+
+
+def test_one_simulation_in_the_official_order():
+    """Catches values backed up for children that were never selected, and terminals not backed up at once."""
+    root = Node(value=0.5)
+    search = mcts(root, SearchConfig(simulations=2, expand_width=3), lambda node: 1.0, random.Random(0))
+    assert next(search) == [root] * 3
+    a, b, done = Node(root, [1], -1.0, value=-0.25), Node(root, [2], -1.0), Node(root, [3], -1.0, ending="answer")
+    wanted = search.send([a, b, done])
+    assert (root.visit_count, root.value_sum) == (2, 1.5) and (done.visit_count, done.reward) == (1, 1.0)
+    assert a.visit_count == b.visit_count == 0 and wanted[0] in (a, b)
+    with pytest.raises(StopIteration) as end:
+        search.send([Node(wanted[0], [4], -1.0)])
+    assert end.value.value == (2, "simulations") and wanted[0].q_value == wanted[0].value
+
+
+def test_grading():
+    """Catches rewards for cut or unanswered solutions."""
+    grade = grader(Question("q", "1+1", "2"))
+    texts = [("answer", "1+1=2 #### 2"), ("answer", "#### 3"), ("cut", "#### 2"), ("eos", "2"), ("deep", "")]
+    assert [grade(Node(text=text, ending=ending)) for ending, text in texts] == [1, -1, -1, -1, -1]
+
+
+QUESTIONS = [Question(f"q{index}", text, "3") for index, text in enumerate(
+    ["1+2", "5*5-3+1", "7", "2-2*3", "9+9+9+9", "1*1", "4-3*2*1"])]
+
+
+def test_recorded_logp_and_values_equal_full_forward(model, tokenizer):
+    """Catches every cache fault: wrong slots, positions or masks, ragged prompts, refilled rows, lanes of unequal length."""
+    trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
+    assert sorted(tree.id for tree in trees) == sorted(question.id for question in QUESTIONS)
+    checked = depth = 0
+    for tree in trees:
+        for index, node in enumerate(tree.nodes[1:], 1):
+            path = [index]
+            while path[0]:
+                path.insert(0, tree.nodes[path[0]].parent)
+            tokens = [token for step in path for token in tree.nodes[step].tokens]
+            with torch.no_grad():
+                logits_1TV, value_1T = model(torch.tensor([tokens]))
+            logp = logits_1TV[0].log_softmax(-1)
+            first = len(tokens) - len(node.tokens)
+            wanted = sum(logp[first + offset - 1, token].item() for offset, token in enumerate(node.tokens))
+            assert node.logp == pytest.approx(wanted, abs=1e-3)
+            assert node.value == pytest.approx(value_1T[0, -1].item(), abs=1e-3)
+            checked, depth = checked + 1, max(depth, len(path) - 1)
+        with torch.no_grad():
+            assert tree.nodes[0].value == pytest.approx(model(torch.tensor([tree.nodes[0].tokens]))[1][0, -1].item(), abs=1e-3)
+    assert checked > 60 and depth >= 3
+
+
+def test_steps_end_where_they_should(model, tokenizer):
+    """Catches steps that run over a line break or end-of-text, and cut ones that are not marked."""
+    breaks, eos = tokenizer.tokenizer.token_to_id("\n"), 0
+    for tree in search_trees(model, tokenizer, QUESTIONS, CONFIG):
+        for node in tree.nodes[1:]:
+            text = tokenizer.decode(node.tokens)
+            assert eos not in node.tokens[:-1]
+            assert all(token != breaks for token in node.tokens[:-1] if tokenizer.decode(node.tokens[:node.tokens.index(token)]).strip())
+            finished = node.tokens[-1] in (eos, breaks)
+            assert finished or len(node.tokens) == CONFIG.max_step_tokens
+            if node.ending == "cut":
+                assert not (text.strip() and finished)
+            if node.ending == "answer":
+                assert extract_answer(text) is not None and finished
+            assert (node.reward is None) == (node.ending is None)
+
+
+def test_greedy_is_argmax_decoding(model, tokenizer):
+    """Catches a temperature of zero that samples, and a driver that changes tokens between steps."""
+    from eval import one_path
+    driver = Driver(model, tokenizer, 2, 1, 0.0, 6, 200)
+    for question, root, node in driver.run(QUESTIONS, lambda question, root: one_path(root, 3)):
+        tokens = list(root.tokens)
+        while len(tokens) < len(root.tokens) + sum(len(step.tokens) for step in node.path()):
+            with torch.no_grad():
+                tokens.append(model(torch.tensor([tokens]))[0][0, -1].argmax().item())
+        assert tokens == root.tokens + [token for step in node.path() for token in step.tokens]
+
+
+def test_a_full_row_ends_its_search_alone(model, tokenizer):
+    """Catches a row that writes over its neighbours' or its own slots when it has no room, and a silent stop."""
+    small = SearchConfig(simulations=50, expand_width=3, max_depth=20, max_step_tokens=6, search_rows=2, row_slots=64)
+    trees = list(search_trees(model, tokenizer, QUESTIONS, small))
+    assert len(trees) == len(QUESTIONS) and any(tree.stopped == "slots" for tree in trees)
+    for tree in trees:
+        assert 0 < sum(len(node.tokens) for node in tree.nodes) < 64
+
+
+def test_trees_survive_their_file(tmp_path, model, tokenizer):
+    """Catches fields lost or rounded between search and training."""
+    trees = list(search_trees(model, tokenizer, QUESTIONS[:3], CONFIG))
+    with open(tmp_path / "trees.jsonl", "w") as file:
+        for tree in trees:
+            write_tree(file, tree)
+    assert read_trees(tmp_path / "trees.jsonl") == trees
+
+
+def test_a_tree_keeps_parents_before_children():
+    """Catches a stored order that readers and the packer cannot follow."""
+    root = Node(tokens=[1])
+    a, b = child_of(root), child_of(root)
+    child_of(a), child_of(b)
+    tree = to_tree(Question("q", "?", "1"), root, 2, "simulations")
+    assert [node.parent for node in tree.nodes] == [-1, 0, 0, 1, 2]

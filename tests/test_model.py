@@ -1,0 +1,109 @@
+"""The network against Hugging Face's, the tree mask, and strict loading."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import redraw, tiny_config
+from data import InputError
+from model import Llama, load_model, save_model, tree_mask
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_equal_hugging_face(tmp_path, tied):
+    """Catches wrong rotary pairing, head order, group order, norm weights or tying, in loading and in the forward pass."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    twin = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
+                                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                                        rope_theta=5000.0, rms_norm_eps=1e-5, tie_word_embeddings=tied)).eval()
+    redraw(twin).save_pretrained(tmp_path)
+    token_BT = torch.randint(0, 97, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits_BTV, value_BT = load_model(tmp_path)(token_BT)
+        torch.testing.assert_close(logits_BTV, twin(token_BT).logits, atol=1e-4, rtol=0)
+    assert value_BT.shape == token_BT.shape and value_BT.abs().max() < 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_folder_opens_in_transformers(tmp_path, tied):
+    """Catches a config field or tensor name that Hugging Face does not understand, and a value head lost on save."""
+    from transformers import AutoModelForCausalLM
+    model = redraw(Llama(tiny_config(tie_word_embeddings=tied, rope_theta=3000.0))).eval()
+    save_model(model, tmp_path)
+    token_BT = torch.randint(0, 19, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, again = model(token_BT), load_model(tmp_path)(token_BT)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(token_BT).logits
+    torch.testing.assert_close(ours[0], theirs, atol=1e-4, rtol=0)
+    assert torch.equal(ours[0], again[0]) and torch.equal(ours[1], again[1])
+
+
+def test_shards_load_as_one_file(tmp_path, model_folder, model):
+    """Catches an index that is not followed, or a shard that is left out."""
+    tensors = load_file(model_folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, model_folder / file)
+    index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_folder / "model.safetensors").unlink()
+    loaded = load_model(model_folder).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+    (model_folder / "b.safetensors").unlink()
+    with pytest.raises(InputError, match="b.safetensors: no such file"):
+        load_model(model_folder)
+
+
+def test_tree_mask_by_hand():
+    """Catches siblings or packed documents that see each other, and ancestors that are not seen."""
+    #      root root | a  a | b (child of a) | c (sibling of a) || second tree | padding
+    end = [6, 6,       5, 5,  5,               6,                  7,            8]
+    seen = [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}, {0, 1, 5}, {6}, {7}]
+    mask_TT = tree_mask(torch.tensor([end]))[0, 0]
+    assert [set(row.nonzero().flatten().tolist()) for row in mask_TT] == seen
+
+
+def edit_config(folder, **changes):
+    raw = json.loads((folder / "config.json").read_text())
+    raw.update(changes)
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+    ({"model_type": "gpt2"}, "model_type"), ({"attention_bias": True}, "attention_bias"),
+    ({"logit_softcap": 30}, "logit_softcap"), ({"num_key_value_heads": 3}, "4 query heads"),
+    ({"hidden_size": -4}, "positive"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
+    ({"hidden_size": 48}, "has shape"), ({"num_hidden_layers": 3}, "missing tensor"),
+    ({"num_hidden_layers": 1}, "unexpected tensor")])
+def test_unsupported_configs_are_refused_by_name(model_folder, changes, message):
+    """Catches a checkpoint that loads and computes something else than it was trained for."""
+    edit_config(model_folder, **changes)
+    with pytest.raises(InputError, match=message):
+        load_model(model_folder)
+
+
+def test_broken_folders_are_refused(tmp_path, model_folder):
+    """Catches tracebacks, and half-loaded models, where files are missing or damaged."""
+    with pytest.raises(InputError, match="no such folder"):
+        load_model(tmp_path / "absent")
+    for name, damage, message in (
+            ("config.json", lambda path: path.unlink(), "no such file"), ("config.json", lambda path: path.write_text("{"), "not valid JSON"),
+            ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:100]), "safetensors"),
+            ("value_head.safetensors", lambda path: path.write_bytes(b"x"), "safetensors")):
+        shutil.copytree(model_folder, tmp_path / "broken")
+        damage(tmp_path / "broken" / name)
+        with pytest.raises(InputError, match=message):
+            load_model(tmp_path / "broken")
+        shutil.rmtree(tmp_path / "broken")
+
+
+def test_only_the_value_head_may_be_missing(model_folder):
+    """Catches a loader that needs a value head, or one that starts it with a bias."""
+    (model_folder / "value_head.safetensors").unlink()
+    model = load_model(model_folder, seed=3)
+    assert model.value_head.bias.item() == 0 and model.value_head.weight.std() > 0
+    assert not any(parameter.is_meta for parameter in model.parameters())

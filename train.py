@@ -1,0 +1,313 @@
+"""The whole loop: SFT on worked solutions, then rounds of tree search and SVPO, then the table of answers.
+
+    python train.py                                    built-in questions, a tiny model from scratch
+    python train.py --model DIR --data FILE.jsonl      a real checkpoint on real questions
+
+A run folder holds config.json, log.jsonl (one line an optimizer step) and a folder a stage (sft, round1, ...) with the
+model in Hugging Face's layout, its trees and its eval.json. The same command goes on where it stopped.
+
+Dimension key: B rows, T tokens, M sampled tokens, E nodes of a pack, D width.
+"""
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import InputError, Pack, Question, StepTokenizer, Tree, arithmetic_tokenizer, drop_unvisited, flag, \
+    load_questions, pack, parse_args, read_template, read_trees, run_command, solution_tree, write_tree
+from eval import AnswerConfig, answer_questions, measure_siblings, print_table
+from mcts import SearchConfig, search_trees
+from model import Llama, LlamaConfig, find_folder, load_model, save_model, tree_mask
+from svpo import LossConfig, sibling_pairs, svpo_loss, token_logp
+
+STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
+TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05)
+BUILT_IN = dict(  # defaults that differ for the built-in task
+    rounds=2, sft_steps=1200, sft_lr=3e-3, sft_batch=32, tune_lr=1e-3, tune_batch=32, row_tokens=128, simulations=12,
+    search_rows=128, row_slots=768, max_step_tokens=16, max_depth=5, answer_lanes=512)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to train on, and where to write."""
+    model: str = flag("tiny", "tiny (from scratch, built-in task only), a folder, a preset or a repository id")
+    data: str = flag("arithmetic", "arithmetic (built in) or a JSONL file of training questions")
+    test_data: str = flag("", "JSONL file of test questions; empty: the last fifth of --data is held out")
+    prompt: str = flag("", "file with the text around {question}; empty: '{question}' and a line break")
+    limit: int = flag(0, "use the first N training questions of a JSONL file; 0: all")
+    test_limit: int = flag(500, "answer at most N test questions")
+    sft_questions: int = flag(6000, "built-in task: worked solutions")
+    search_questions: int = flag(4000, "built-in task: new questions a round, with answers only")
+    valid_questions: int = flag(300, "built-in task: questions searched only to measure sibling accuracy")
+    rounds: int = flag(1, "rounds of search and SVPO; AlphaMath: 3")
+    out: str = flag("", "run folder; empty: runs/DATA-seedN")
+    seed: int = flag(0, "seed of weights, questions, sampling and data order")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimizer. AlphaMath: lr 4e-5, cosine, warm-up 3 %, batch 1024, 10 epochs."""
+    sft_steps: int = flag(0, "optimizer steps on worked solutions; 0: start from the model as it is")
+    sft_batch: int = flag(16, "solutions a step")
+    sft_lr: float = flag(2e-5, "peak learning rate of SFT")
+    tune_epochs: int = flag(2, "passes over a round's trees")
+    tune_batch: int = flag(4, "trees a step")
+    tune_lr: float = flag(1e-5, "peak learning rate of SVPO")
+    row_tokens: int = flag(0, "pack trees into rows of this many tokens; the largest tree is the least")
+    warmup: float = flag(0.03, "share of the steps with rising learning rate; cosine decay follows")
+    weight_decay: float = flag(0.01, "AdamW's")
+    clip: float = flag(1.0, "largest gradient norm")
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    built_in = not any(word.split("=")[0] in ("--model", "--data") for word in argv)
+    stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), argv,
+                        BUILT_IN if built_in else {})
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("more than one process is not supported yet; start with python, not torchrun")
+    run, train, search, losses, answering = stages
+    if (run.model == "tiny") != (run.data == "arithmetic"):
+        raise InputError("--model tiny and --data arithmetic go together; real questions need a real --model")
+    splits = load_splits(run)
+    folder = Path(run.out or f"runs/{Path(run.data).stem}-seed{run.seed}")
+    model, tokenizer = load_start(run)
+    check_lengths(splits, tokenizer, model, search)
+    open_run(folder, stages)
+    rows = []
+    for number in range(run.rounds + 1):
+        stage = folder / (f"round{number}" if number else "sft")
+        if (stage / "config.json").exists():
+            model = load_model(stage, run.device)
+        else:
+            log = Log(folder / "log.jsonl", stage.name)
+            if number:
+                trees = grow_trees(model, tokenizer, splits, number, stage, run, search)
+                tune(model, trees, train, losses, run.seed + number, log)
+            elif train.sft_steps:
+                sft(model, tokenizer, splits["sft"], train, run.seed, log)
+            save_stage(model, tokenizer, stage, run)
+        rows.append(evaluate(model, tokenizer, splits, stage, run, search, answering))
+        print_table(rows[-1:], f"after {stage.name}")
+    print_table(rows, f"{folder}: {rows[0]['answers'][0]['questions']} unseen questions, seed {run.seed}; accuracy in %")
+
+
+# --------------------------------------------------------------------------------------------- setting up
+
+def load_splits(run: RunConfig) -> dict[str, list]:
+    """Disjoint questions: sft (worked solutions), search (one list a round), valid (sibling accuracy) and test."""
+    if run.data == "arithmetic":
+        searched = load_questions("arithmetic:search", run.rounds * run.search_questions, run.seed)
+        return {"sft": load_questions("arithmetic:sft", run.sft_questions, run.seed),
+                "search": [searched[number::run.rounds] for number in range(run.rounds)],
+                "valid": load_questions("arithmetic:valid", run.valid_questions), "test": load_questions("arithmetic:test", run.test_limit)}
+    questions = load_questions(run.data, run.limit or None)
+    if run.test_data:
+        test = load_questions(run.test_data, run.test_limit)
+    else:
+        held_out = max(1, len(questions) // 5)
+        questions, test = questions[:-held_out], questions[-held_out:][:run.test_limit]
+        print(f"no --test-data: the last {held_out} questions of {run.data} are held out for the table")
+    tested = {question.text for question in test}
+    kept = [question for question in questions if question.text not in tested]
+    if len(kept) < len(questions):
+        print(f"{len(questions) - len(kept)} training questions also stand in the test set and are dropped")
+    if not kept:
+        raise InputError(f"{run.data}: no question is left for training")
+    return {"sft": [question for question in kept if question.solution], "search": [kept] * run.rounds, "valid": [], "test": test}
+
+
+def load_start(run: RunConfig) -> tuple[Llama, StepTokenizer]:
+    """The model to start from, and its tokenizer with the prompt template."""
+    template = read_template(run.prompt)
+    if run.model == "tiny":
+        tokenizer = StepTokenizer(arithmetic_tokenizer(), [0], template)
+        config = LlamaConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), eos_token_id=0, **TINY)
+        return Llama(config).init_weights(run.seed).to(run.device), tokenizer
+    source = find_folder(run.model)
+    tokenizer = StepTokenizer.load(source, template)  # first: it tells a tokenizer of another model by its size
+    return load_model(source, run.device, seed=run.seed), tokenizer
+
+
+def check_lengths(splits: dict, tokenizer: StepTokenizer, model: Llama, search: SearchConfig):
+    """Refuse questions that leave no room for one step, before anything is written."""
+    room = min(model.config.max_position_embeddings, search.row_slots) - search.max_step_tokens - 1
+    for question in [question for name in ("valid", "test") for question in splits[name]] + sum(splits["search"], []):
+        length = len(tokenizer.encode_prompt(question.text))
+        if length > room:
+            raise InputError(f"question {question.id}: its prompt has {length} tokens, but only {room} fit beside one step "
+                             f"(context {model.config.max_position_embeddings}, --row-slots {search.row_slots})")
+
+
+def open_run(folder: Path, stages: tuple):
+    """Make the run folder, or check that it belongs to the same configuration."""
+    config = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
+    path = folder / "config.json"
+    if path.exists():
+        stored = json.loads(path.read_text())
+        different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
+                     for part, fields in config.items() for name, value in fields.items()
+                     if stored.get(part, {}).get(name) != value]
+        if different:
+            raise InputError(f"{folder} holds a run with another configuration: {', '.join(different)}; choose another --out")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    config["commit"] = commit.stdout.strip() or None
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_stage(model: Llama, tokenizer: StepTokenizer, stage: Path, run: RunConfig):
+    """Write the stage's model with its tokenizer; config.json comes last, so a folder that has it is complete."""
+    stage.mkdir(parents=True, exist_ok=True)
+    if run.model == "tiny":
+        tokenizer.tokenizer.save(str(stage / "tokenizer.json"))
+        (stage / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n')
+    else:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+                     "chat_template.jinja"):
+            if (find_folder(run.model) / name).exists():
+                shutil.copyfile(find_folder(run.model) / name, stage / name)
+    save_model(model, stage)
+
+
+class Log:
+    """One JSON line an optimizer step."""
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def write(self, step: int, figures: dict):
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")
+
+
+# --------------------------------------------------------------------------------------------- training
+
+def forward_pack(model: Llama, packed: Pack) -> tuple[Tensor, Tensor]:
+    """log pi of each sampled token (M,) and V of each node (E,) from one pass; logits only where a token was sampled."""
+    device = next(model.parameters()).device
+    hidden_BTD = model.hidden(packed.token_BT.to(device), packed.position_BT.to(device), tree_mask(packed.subtree_end_BT.to(device)))
+    hidden_XD = hidden_BTD.flatten(0, 1)
+    token_M = packed.token_BT.flatten()[packed.target_M].to(device)
+    logp_M = token_logp(model.logits(hidden_XD[packed.predictor_M]), token_M)
+    return logp_M, model.value(hidden_XD[packed.last_E])
+
+
+def optimize(model: Llama, trees: list[Tree], steps: int, batch: int, lr: float, loss_of, train: TrainConfig, seed: int, log: Log):
+    """AdamW over shuffled trees: `loss_of(logp_M, value_E, pack, trees)` returns the figures of a step, "loss" among them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay)
+    rng, order = random.Random(seed), []
+    torch.manual_seed(seed)  # of dropout, so that a stage does not depend on what ran before it
+    warmup = max(1, round(train.warmup * steps))
+    model.train()
+    with tqdm(range(steps), desc=log.stage, unit="step", mininterval=1.0, dynamic_ncols=True) as bar:
+        for step in bar:
+            if len(order) < batch:
+                order += rng.sample(range(len(trees)), len(trees))
+            chosen, order = [trees[index] for index in order[:batch]], order[batch:]
+            packed = pack(chosen, train.row_tokens)
+            figures = loss_of(*forward_pack(model, packed), packed, chosen)
+            if not torch.isfinite(figures["loss"]):
+                raise InputError(f"{log.stage}, step {step}: the loss is {figures['loss'].item()}; lower the learning rate")
+            rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate
+            optimizer.zero_grad()
+            figures["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+            optimizer.step()
+            shown = {name: value.item() for name, value in figures.items()} | {"grad_norm": norm.item(), "lr": lr * rate}
+            log.write(step, shown)
+            bar.set_postfix_str(", ".join(f"{name} {shown[name]:.3f}" for name in ("loss", "policy", "mse") if name in shown))
+    model.eval()
+
+
+def sft(model: Llama, tokenizer: StepTokenizer, questions: list[Question], train: TrainConfig, seed: int, log: Log):
+    """Supervised fine-tuning on worked solutions: each is a tree with one branch."""
+    if not questions:
+        raise InputError("--sft-steps needs questions with worked solutions, and there is none")
+    trees = [solution_tree(question, tokenizer) for question in questions]
+    optimize(model, trees, train.sft_steps, train.sft_batch, train.sft_lr,
+             lambda logp_M, value_E, packed, chosen: {"loss": -logp_M.mean()}, train, seed, log)
+
+
+def tune(model: Llama, trees: list[Tree], train: TrainConfig, losses: LossConfig, seed: int, log: Log):
+    """SVPO on a round's trees. The reference is the policy that grew them, by its recorded log-probabilities."""
+    kept = [drop_unvisited(tree) for tree in trees]
+    steps = max(1, train.tune_epochs * len(kept) // train.tune_batch)
+    optimize(model, kept, steps, min(train.tune_batch, len(kept)), train.tune_lr,
+             lambda logp_M, value_E, packed, chosen: svpo_loss(logp_M, value_E, packed, chosen, losses), train, seed, log)
+
+
+def grow_trees(model: Llama, tokenizer: StepTokenizer, splits: dict, number: int, stage: Path, run: RunConfig,
+               search: SearchConfig) -> list[Tree]:
+    """Search the round's questions; each tree is written as it ends, and questions that have one are not searched again."""
+    stage.mkdir(parents=True, exist_ok=True)
+    path = stage / "trees-0.jsonl"
+    trees = read_trees(path) if path.exists() and path.stat().st_size else []
+    done = {tree.id for tree in trees}
+    left = [question for question in splits["search"][number - 1] if question.id not in done]
+    with open(path, "a") as file:
+        for tree in search_trees(model, tokenizer, left, search, run.seed + number, f"{stage.name} search"):
+            write_tree(file, tree)
+            trees.append(tree)
+    describe(trees, tokenizer)
+    return trees
+
+
+def describe(trees: list[Tree], tokenizer: StepTokenizer):
+    """Print what a search found, and one tree's best pair of siblings as an example."""
+    outcomes = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
+    pairs = [sibling_pairs(tree) for tree in trees]
+    count = len(trees)
+    print(f"{count} trees: {100 * sum(1 in found for found in outcomes) / count:.1f} % with a correct solution, "
+          f"{sum(map(len, outcomes)) / count:.1f} finished solutions, {sum(map(len, pairs)) / count:.1f} pairs and "
+          f"{sum(tree.simulations for tree in trees) / count:.1f} effective simulations a tree")
+    tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
+    win, lose = (found[0][:2] if found else (min(1, len(tree.nodes) - 1), min(2, len(tree.nodes) - 1)))
+    path = []
+    parent = tree.nodes[win].parent
+    while parent > 0:
+        path.insert(0, tree.nodes[parent])
+        parent = tree.nodes[parent].parent
+    lines = [f"   question  {tree.question}"] + [f"       step  {tokenizer.decode(node.tokens).strip()}" for node in path]
+    for label, index in (("+", win), ("-", lose)):
+        node = tree.nodes[index]
+        lines.append(f" {label if found else ' '} {'sibling':>8}  {tokenizer.decode(node.tokens).strip()}   "
+                     f"(N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})")
+    print("\n".join(lines), flush=True)
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+def evaluate(model: Llama, tokenizer: StepTokenizer, splits: dict, stage: Path, run: RunConfig, search: SearchConfig,
+             answering: AnswerConfig) -> dict:
+    """The stage's row of the table, from its eval.json where that exists."""
+    path = stage / "eval.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    row = {"stage": stage.name, "answers": [answer_questions(model, tokenizer, splits["test"], strategy, search, answering, run.seed)
+                                            for strategy in STRATEGIES]}
+    if splits["valid"]:
+        row["siblings"] = measure_siblings(model, tokenizer, splits["valid"], search, run.seed, f"{stage.name} sibling accuracy")
+    path.with_suffix(".partial").write_text(json.dumps(row) + "\n")
+    os.replace(path.with_suffix(".partial"), path)
+    return row
+
+
+if __name__ == "__main__":
+    run_command(main)
