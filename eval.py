@@ -25,7 +25,7 @@ from svpo import sibling_pairs
 @dataclass(frozen=True)
 class AnswerConfig:
     """Answering new questions."""
-    answer_temperature: float = flag(1.0, "of sampled and beam; AlphaMath: 1.0 in its table, 0.6 in its config")
+    answer_temperature: float = flag(0.6, "of beam search; AlphaMath: 0.6 in its config, 1.0 in its table; sampled is at 1.0")
     answer_lanes: int = flag(32, "steps decoded at once, over all questions")
 
 
@@ -78,7 +78,7 @@ def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Que
     beam_width, expand_width = plan(strategy)
     lanes = max(1, beam_width * expand_width)
     rows = max(1, min(len(questions), config.answer_lanes // lanes))
-    driver = Driver(model, tokenizer, rows, lanes, 0.0 if strategy == "greedy" else config.answer_temperature,
+    driver = Driver(model, tokenizer, rows, lanes, {"greedy": 0.0, "sampled": 1.0}.get(strategy, config.answer_temperature),
                     search.max_step_tokens, search.row_slots, seed)
 
     def start(question, root):
@@ -97,11 +97,10 @@ def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Que
             "answers": sorted(answers, key=lambda row: row["id"])}
 
 
-def measure_siblings(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, seed: int,
-                     label: str = "sibling accuracy") -> dict:
-    """Value sibling accuracy on trees of `questions`, grown from outcomes alone: the judged value has no part in the labels."""
-    trees = search_trees(model, tokenizer, questions, dataclasses.replace(search, leaf_value=False), seed, label)
-    return sibling_accuracy(list(trees))
+def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, seed: int,
+                label: str = "sibling accuracy") -> list[Tree]:
+    """Trees to measure sibling accuracy on, grown from outcomes alone: the judged value has no part in their labels."""
+    return list(search_trees(model, tokenizer, questions, dataclasses.replace(search, leaf_value=False), seed, label))
 
 
 def sibling_accuracy(trees: list[Tree]) -> dict:
@@ -121,15 +120,16 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
 
 
 def print_table(rows: list[dict], title: str):
-    """One line a stage: accuracy in % with its standard error for each strategy, then value sibling accuracy."""
+    """One line a stage: accuracy in % with its standard error for each strategy, then value sibling accuracy on
+    trees of the stage's own policy and on the fixed trees of the SFT policy."""
     strategies = [answer["strategy"] for answer in rows[0]["answers"]]
     names = [f"SBS({name[5:]})" if name.startswith("beam:") else name for name in strategies]
-    print(f"\n{title}\n{'stage':10}" + "".join(f"{name:>14}" for name in names) + f"{'sibling accuracy':>20}")
+    kinds = [(key, name) for key, name in (("siblings", "siblings own"), ("siblings_fixed", "siblings fixed")) if key in rows[0]]
+    print(f"\n{title}\n{'stage':10}" + "".join(f"{name:>14}" for name in names) + "".join(f"{name:>16}" for _, name in kinds))
     for row in rows:
         cells = [f"{100 * answer['accuracy']:.1f} +- {100 * answer['standard_error']:.1f}" for answer in row["answers"]]
-        siblings = row.get("siblings")
-        cells.append(f"{siblings['accuracy']:.3f} +- {siblings['standard_error']:.3f}" if siblings else "-")
-        print(f"{row['stage']:10}" + "".join(f"{cell:>14}" for cell in cells[:-1]) + f"{cells[-1]:>20}", flush=True)
+        measured = [f"{row[key]['accuracy']:.3f} +- {row[key]['standard_error']:.3f}" for key, _ in kinds]
+        print(f"{row['stage']:10}" + "".join(f"{cell:>14}" for cell in cells) + "".join(f"{cell:>16}" for cell in measured), flush=True)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def main():
         answer_questions(model, tokenizer, questions, strategy, search, answering, config.seed) for strategy in config.strategy]}
     sibling_data = config.sibling_data or ("arithmetic:valid" if config.data.startswith("arithmetic") else "")
     if sibling_data:
-        row["siblings"] = measure_siblings(model, tokenizer, load_questions(sibling_data, config.sibling_limit), search, config.seed)
+        row["siblings"] = sibling_accuracy(grow_judged(model, tokenizer, load_questions(sibling_data, config.sibling_limit),
+                                                       search, config.seed))
     print_table([row], f"{config.model} on {len(questions)} questions of {config.data}; accuracy in %")
     for answer in row["answers"]:
         print(f"{answer['strategy']:>10}: {answer['sampled_tokens']:.0f} sampled tokens and {answer['seconds']:.3f} s a question, "

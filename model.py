@@ -335,7 +335,8 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
     for key, shape in wanted.items():
         if tensors[key].shape != shape:
             raise InputError(f"{folder}: {key} has shape {list(tensors[key].shape)}, config.json asks for {list(shape)}")
-    state = {key: tensor.to(device=device, dtype=dtype) for key, tensor in tensors.items()}
+    # copied, because the file's own memory is not aligned, and results would differ in the last bit
+    state = {key: tensor.to(device=device, dtype=dtype, copy=True) for key, tensor in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import InputError, Pack, Question, StepTokenizer, Tree, arithmetic_tokenizer, drop_unvisited, flag, \
     load_questions, pack, parse_args, read_template, read_trees, run_command, solution_tree, write_tree
-from eval import AnswerConfig, answer_questions, measure_siblings, print_table
+from eval import AnswerConfig, answer_questions, grow_judged, print_table, sibling_accuracy
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, find_folder, load_model, save_model, tree_mask
 from svpo import LossConfig, sibling_pairs, svpo_loss, token_logp
@@ -34,8 +34,8 @@ STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05)
 BUILT_IN = dict(  # defaults that differ for the built-in task
-    rounds=2, sft_steps=1200, sft_lr=3e-3, sft_batch=32, tune_lr=1e-3, tune_batch=32, row_tokens=128, simulations=12,
-    search_rows=128, row_slots=768, max_step_tokens=16, max_depth=5, answer_lanes=512)
+    rounds=2, sft_steps=1200, sft_lr=3e-3, sft_batch=32, tune_lr=7e-4, tune_batch=8, row_tokens=256, simulations=12,
+    search_rows=128, row_slots=768, max_step_tokens=16, max_depth=5, policy_weight=0.2, sft_weight=1.0, answer_lanes=512)
 
 
 @dataclass(frozen=True)
@@ -296,17 +296,40 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer):
 
 def evaluate(model: Llama, tokenizer: StepTokenizer, splits: dict, stage: Path, run: RunConfig, search: SearchConfig,
              answering: AnswerConfig) -> dict:
-    """The stage's row of the table, from its eval.json where that exists."""
+    """The stage's row of the table, from its eval.json where that exists.
+
+    Sibling accuracy is measured twice: on validation trees that the stage's own policy grew, and on those of the SFT
+    policy, which are the same pairs for every stage.
+    """
     path = stage / "eval.json"
     if path.exists():
         return json.loads(path.read_text())
     row = {"stage": stage.name, "answers": [answer_questions(model, tokenizer, splits["test"], strategy, search, answering, run.seed)
                                             for strategy in STRATEGIES]}
     if splits["valid"]:
-        row["siblings"] = measure_siblings(model, tokenizer, splits["valid"], search, run.seed, f"{stage.name} sibling accuracy")
+        trees = grow_judged(model, tokenizer, splits["valid"], search, run.seed, f"{stage.name} sibling accuracy")
+        row["siblings"] = sibling_accuracy(trees)
+        fixed = stage.parent / "sft" / "valid-trees.jsonl"
+        if stage.name == "sft":
+            with open(fixed, "w") as file:
+                for tree in trees:
+                    write_tree(file, tree)
+        row["siblings_fixed"] = sibling_accuracy(revalue(model, read_trees(fixed)))
     path.with_suffix(".partial").write_text(json.dumps(row) + "\n")
     os.replace(path.with_suffix(".partial"), path)
     return row
+
+
+@torch.inference_mode()
+def revalue(model: Llama, trees: list[Tree]) -> list[Tree]:
+    """The same trees with the values of this model."""
+    judged = []
+    for start in range(0, len(trees), 16):
+        chunk = trees[start:start + 16]
+        value = iter(forward_pack(model, pack(chunk))[1].tolist())
+        judged += [dataclasses.replace(tree, nodes=[dataclasses.replace(node, value=next(value)) for node in tree.nodes])
+                   for tree in chunk]
+    return judged
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_a_run_leaves_the_promised_folder(run):
     assert [sum(line["stage"] == stage for line in lines) for stage in ("sft", "round1", "round2")] == [40, 6, 6]
     assert {"loss", "policy", "mse", "margin", "sft", "win_reward", "grad_norm"} <= lines[-1].keys()
     table = printed.split("unseen questions")[-1]
-    assert all(word in table for word in ("greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "sibling accuracy", "sft", "round1", "round2"))
+    assert all(word in table for word in ("greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "siblings own", "siblings fixed", "sft", "round1", "round2"))
 
 
 def test_no_test_question_is_searched_or_trained_on(run):
