@@ -65,23 +65,17 @@ class Question:
 
 
 # ------------------------------------------------------------------- the built-in task: order of operations
-# Expressions over the whole numbers modulo 7, reduced one operation a line. There are only 147 facts to know, so what
-# goes wrong is the order: the teacher who wrote the worked solutions computes well but takes the operations in random
-# order. Search knows only the right answers; that multiplication comes first has to be found out. Each mistake shows in
-# the text, and modulo a prime a wrong order seldom ends right.
+# Expressions over the whole numbers modulo 7, reduced one operation a line. There are only 147 facts to know; the teacher
+# who wrote the worked solutions knows them but takes the operations in random order. Search knows only the right answers:
+# that multiplication comes first has to be found out. Mistakes show in the text; modulo a prime few end right by luck.
 
 MODULUS = 7
 SPLITS = {"sft": range(0, 96), "search": range(96, 208), "valid": range(208, 224), "test": range(224, 256)}
 
 
-def split_of(expression: str) -> str:
+def split_of(text: str) -> str:
     """The split that owns this question: by a hash of its text, so the splits are disjoint for every seed and size."""
-    byte = hashlib.sha256(expression.encode()).digest()[0]
-    return next(name for name, owned in SPLITS.items() if byte in owned)
-
-
-def apply(left: int, operator: str, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operator] % MODULUS
+    return next(name for name, owned in SPLITS.items() if hashlib.sha256(text.encode()).digest()[0] in owned)
 
 
 def first_operation(parts: list) -> int:
@@ -95,7 +89,7 @@ def reduce_by(parts: list, choose) -> list[str]:
     while len(parts) > 1:
         index = choose(parts)
         left, operator, right = parts[index - 1:index + 2]
-        value = apply(left, operator, right)
+        value = {"+": left + right, "-": left - right, "*": left * right}[operator] % MODULUS
         parts = parts[:index - 1] + [value] + parts[index + 2:]
         rest = "".join(map(str, parts))
         lines.append(f"{left}{operator}{right}={value}" + (f" -> {rest}" if len(parts) > 1 else f" #### {rest}"))
@@ -114,8 +108,8 @@ def arithmetic_questions(split: str, count: int, seed: int) -> list[Question]:
             continue
         seen.add(text)
         answer = reduce_by(parts, first_operation)[-1].split("#### ")[1]
-        careless = reduce_by(parts, lambda left: rng.randrange(1, len(left), 2))
-        solution = "\n".join(careless) if split == "sft" else None
+        careless = "\n".join(reduce_by(parts, lambda left: rng.randrange(1, len(left), 2)))
+        solution = careless if split == "sft" else None
         questions.append(Question(f"{split}-{seed}-{len(questions)}", text, answer, solution))
     return questions
 
@@ -168,17 +162,14 @@ def load_questions(spec: str, limit: int | None = None, seed: int = 0) -> list[Q
 def read_rows(path: Path, limit: int | None = None):
     """(line number, object) of each non-blank line of a JSONL file; the first `limit` of them."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.suffix else None
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        lines = None
+        raise InputError(f"{path}: no such file")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})")
-    if lines is None:
-        raise InputError(f"{path}: no such JSONL file, and not the built-in task 'arithmetic'")
     count = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in filled[:limit]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -186,9 +177,6 @@ def read_rows(path: Path, limit: int | None = None):
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object is wanted, not {type(row).__name__}")
         yield number, row
-        count += 1
-        if count == limit:
-            return
 
 
 def read_template(path: str) -> str:
@@ -217,10 +205,8 @@ def to_number(text: str) -> Fraction | None:
     """Exact value of a plain number, decimal or fraction; `$`, `%`, thousands commas and a unit behind it are ignored."""
     match = NUMBER.match(text.strip().lstrip("$").strip())
     digits = match.group().replace(",", "").replace(" ", "") if match else ""
-    if not any(character.isdigit() for character in digits) or len(digits) > 100:
-        return None
     try:
-        return Fraction(digits)
+        return Fraction(digits) if 0 < len(digits) <= 100 else None
     except (ValueError, ZeroDivisionError):
         return None
 
@@ -236,7 +222,7 @@ def is_correct(prediction: str | None, answer: str) -> bool:
 # --------------------------------------------------------------------------------------------- tokens
 
 class StepTokenizer:
-    """A tokenizer.json with what search must know of it: the prompt template, end-of-text, and where steps end.
+    """A tokenizer.json with the prompt template, end-of-text, and where steps end.
 
     A step ends with the token in which a line break follows some visible text, wherever in the token that falls.
     """
@@ -276,13 +262,10 @@ class StepTokenizer:
 
     def encode_steps(self, solution: str) -> list[list[int]]:
         """One token list a line; the last step ends with end-of-text in place of the line break."""
-        lines = [line for line in solution.splitlines() if line.strip()]
-        steps = [self.tokenizer.encode(line + "\n", add_special_tokens=False).ids for line in lines[:-1]]
-        return steps + [self.tokenizer.encode(line, add_special_tokens=False).ids + self.eos_ids[:1] for line in lines[-1:]]
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens)
-
+        lines = [line + "\n" for line in solution.splitlines() if line.strip()]
+        lines[-1:] = [line[:-1] for line in lines[-1:]]
+        steps = [self.tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
+        return steps[:-1] + [step + self.eos_ids[:1] for step in steps[-1:]]
 
 # --------------------------------------------------------------------------------------------- trees
 
@@ -342,16 +325,6 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     for step in tokenizer.encode_steps(question.solution):
         nodes.append(TreeNode(len(nodes) - 1, step, [True] * len(step)))
     return Tree(question.id, question.text, question.answer, nodes)
-
-
-def drop_unvisited(tree: Tree) -> Tree:
-    """The tree without the nodes that search never evaluated: no loss reads them."""
-    place, nodes = {-1: -1}, []
-    for index, node in enumerate(tree.nodes):
-        if index == 0 or node.visit_count:
-            place[index] = len(nodes)
-            nodes.append(dataclasses.replace(node, parent=place[node.parent]))
-    return dataclasses.replace(tree, nodes=nodes)
 
 
 # --------------------------------------------------------------------------------------------- packing

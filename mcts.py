@@ -318,7 +318,7 @@ class Driver:
             if length == 0:
                 return [None]
             node = Node(parent, tokens[:length], logp, value, visible_S=visible_S, position=parent.position + length)
-            node.text = self.tokenizer.decode(node.tokens)
+            node.text = self.tokenizer.tokenizer.decode(node.tokens)
             stated = extract_answer(node.text) is not None
             node.ending = "cut" if cut else "answer" if stated else "eos" if eos else None
             nodes.append(node)

@@ -6,6 +6,7 @@ Authorities: SVPO summary = said by summaries of arXiv 2406.10858, whose equatio
 Dimension key: B rows, T tokens, M sampled tokens, E nodes of the forest (a step and the prefix that it completes),
 P pairs of siblings, V vocabulary.
 """
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,16 @@ def sibling_pairs(tree: Tree, pairs: str = "all", min_gap: float = 0.0) -> list[
         found += [(w, l) for w in win for l in lose if q(w) - q(l) >= min_gap]
     weight = 1.0 if pairs == "best" else 1.0 / max(1, len(found))
     return [(w, l, weight) for w, l in sorted(found)]
+
+
+def drop_unvisited(tree: Tree) -> Tree:
+    """The tree without the nodes that search never evaluated: no loss reads them."""
+    place, nodes = {-1: -1}, []
+    for index, node in enumerate(tree.nodes):
+        if index == 0 or node.visit_count:
+            place[index] = len(nodes)
+            nodes.append(dataclasses.replace(node, parent=place[node.parent]))
+    return dataclasses.replace(tree, nodes=nodes)
 
 
 def sft_nodes(tree: Tree) -> list[bool]:

@@ -23,19 +23,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import InputError, Pack, Question, StepTokenizer, Tree, arithmetic_tokenizer, drop_unvisited, flag, \
+from data import InputError, Pack, Question, StepTokenizer, Tree, arithmetic_tokenizer, flag, \
     load_questions, pack, parse_args, read_template, read_trees, run_command, solution_tree, write_tree
 from eval import AnswerConfig, answer_questions, grow_judged, print_table, sibling_accuracy
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, find_folder, load_model, save_model, tree_mask
-from svpo import LossConfig, sibling_pairs, svpo_loss, token_logp
+from svpo import LossConfig, drop_unvisited, sibling_pairs, svpo_loss, token_logp
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05)
 BUILT_IN = dict(  # defaults that differ for the built-in task
-    rounds=2, sft_steps=1200, sft_lr=3e-3, sft_batch=32, tune_lr=7e-4, tune_batch=8, row_tokens=256, simulations=12,
-    search_rows=128, row_slots=768, max_step_tokens=16, max_depth=5, policy_weight=0.2, sft_weight=1.0, answer_lanes=512)
+    rounds=2, sft_steps=2000, sft_lr=3e-3, sft_batch=32, tune_lr=7e-4, tune_batch=8, row_tokens=256, simulations=12,
+    search_rows=128, row_slots=768, max_step_tokens=16, max_depth=5, policy_weight=0.2, sft_weight=1.0,
+    search_temperature=0.7, answer_lanes=512)
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class RunConfig:
     prompt: str = flag("", "file with the text around {question}; empty: '{question}' and a line break")
     limit: int = flag(0, "use the first N training questions of a JSONL file; 0: all")
     test_limit: int = flag(500, "answer at most N test questions")
-    sft_questions: int = flag(6000, "built-in task: worked solutions")
-    search_questions: int = flag(4000, "built-in task: new questions a round, with answers only")
+    sft_questions: int = flag(7000, "built-in task: worked solutions")
+    search_questions: int = flag(4500, "built-in task: new questions a round, with answers only")
     valid_questions: int = flag(300, "built-in task: questions searched only to measure sibling accuracy")
     rounds: int = flag(1, "rounds of search and SVPO; AlphaMath: 3")
     out: str = flag("", "run folder; empty: runs/DATA-seedN")
@@ -284,10 +285,10 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer):
     while parent > 0:
         path.insert(0, tree.nodes[parent])
         parent = tree.nodes[parent].parent
-    lines = [f"   question  {tree.question}"] + [f"       step  {tokenizer.decode(node.tokens).strip()}" for node in path]
+    lines = [f"   question  {tree.question}"] + [f"       step  {tokenizer.tokenizer.decode(node.tokens).strip()}" for node in path]
     for label, index in (("+", win), ("-", lose)):
         node = tree.nodes[index]
-        lines.append(f" {label if found else ' '} {'sibling':>8}  {tokenizer.decode(node.tokens).strip()}   "
+        lines.append(f" {label if found else ' '} {'sibling':>8}  {tokenizer.tokenizer.decode(node.tokens).strip()}   "
                      f"(N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})")
     print("\n".join(lines), flush=True)
 

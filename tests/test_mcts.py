@@ -135,9 +135,9 @@ def test_steps_end_where_they_should(model, tokenizer):
     breaks, eos = tokenizer.tokenizer.token_to_id("\n"), 0
     for tree in search_trees(model, tokenizer, QUESTIONS, CONFIG):
         for node in tree.nodes[1:]:
-            text = tokenizer.decode(node.tokens)
+            text = tokenizer.tokenizer.decode(node.tokens)
             assert eos not in node.tokens[:-1]
-            assert all(token != breaks for token in node.tokens[:-1] if tokenizer.decode(node.tokens[:node.tokens.index(token)]).strip())
+            assert all(token != breaks for token in node.tokens[:-1] if tokenizer.tokenizer.decode(node.tokens[:node.tokens.index(token)]).strip())
             finished = node.tokens[-1] in (eos, breaks)
             assert finished or len(node.tokens) == CONFIG.max_step_tokens
             if node.ending == "cut":

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Tree, TreeNode, drop_unvisited, pack
+from data import Tree, TreeNode, pack
 from model import tree_mask
 from mcts import SearchConfig, search_trees
-from svpo import LossConfig, sft_nodes, sibling_pairs, step_dpo, step_logp, svpo_loss, token_logp, value_margin, value_mse
+from svpo import LossConfig, drop_unvisited, sft_nodes, sibling_pairs, step_dpo, step_logp, svpo_loss, token_logp, value_margin, value_mse
 from test_mcts import QUESTIONS
 
 
