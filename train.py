@@ -34,8 +34,8 @@ STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05)
 BUILT_IN = dict(  # defaults that differ for the built-in task
-    rounds=2, sft_steps=2000, sft_lr=3e-3, sft_batch=32, tune_lr=7e-4, tune_batch=8, row_tokens=256, simulations=12,
-    search_rows=128, row_slots=768, max_step_tokens=16, max_depth=5, policy_weight=0.2, sft_weight=1.0,
+    rounds=2, sft_steps=2000, sft_lr=3e-3, sft_batch=32, tune_lr=5e-4, tune_batch=8, row_tokens=256, simulations=12,
+    search_rows=128, row_slots=768, max_step_tokens=16, max_depth=5, policy_weight=0.05, sft_weight=0.3,
     search_temperature=0.7, answer_lanes=512)
 
 
