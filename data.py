@@ -1,46 +1,55 @@
-"""Questions, steps, answers, trees: everything that passes between search, training and evaluation.
+"""Flags, questions, answers, tokens and files: what the commands read and write.
 
-A solution is a list of steps, one line each. A `Tree` holds all solutions tried for one question; a worked solution is
-a tree with one branch. Trees are written as JSON lines and packed depth-first for training (`pack`).
-
-Dimension key: B rows, T tokens, E nodes of all packed trees, M sampled tokens of all packed trees.
+A solution is a list of steps, one line each. Questions come from the built-in task or from JSONL files; trees (see
+svpo.py) are written as JSON lines.
 """
 import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-
-class InputError(ValueError):
-    """Bad input from the user: the commands print it as one line and end with status 2."""
+from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (pack and flag are passed on)
 
 
-def flag(default, help: str):
-    """A dataclass field that becomes a command-line flag."""
-    return field(default=default, metadata={"help": help})
-
-
-def parse_args(description: str, stages: tuple, argv: list[str], defaults: dict = {}, required: tuple = ()) -> tuple:
-    """One flag for each field of each stage's dataclass; returns one instance a stage. `defaults` go before theirs."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(description: str, stages: tuple, argv: list[str], required: tuple = ()) -> tuple:
+    """One flag for each field of each stage's dataclass; returns one instance a stage, or raises InputError."""
+    def fail(message):
+        raise InputError(message)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    fields = {item.name: item for stage in stages for item in dataclasses.fields(stage)}
     for stage in stages:
         group = parser.add_argument_group(stage.__name__, stage.__doc__)
         for item in dataclasses.fields(stage):
+            default, built_in = item.default, item.metadata["built_in"]
+            shown = " ".join(default) if item.type is tuple else default
+            text = item.metadata["help"] + (f" ({shown}" if shown != "" else "")
+            text += (f"; built-in task: {built_in})" if built_in != default else ")") if shown != "" else ""
             kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else {"type": item.type}
-            if item.type is tuple:
-                kind = {"nargs": "+"}
-            group.add_argument("--" + item.name.replace("_", "-"), default=defaults.get(item.name, item.default),
-                               required=item.name in required, help=f"{item.metadata['help']} (%(default)s)", **kind)
-    values = vars(parser.parse_args(argv))
+            kind = {"nargs": "+"} if item.type is tuple else kind
+            group.add_argument("--" + item.name.replace("_", "-"), required=item.name in required,
+                               help=text.replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    task = "built_in" if is_built_in(given.get("data", fields["data"].default)) else None
+    values = {name: given.get(name, item.metadata[task] if task else item.default) for name, item in fields.items()}
+    for name, item in fields.items():
+        if item.metadata["least"] is not None and not values[name] >= item.metadata["least"]:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {item.metadata['least']}, not {values[name]}")
+    try:
+        torch.empty(0, device=values["device"])
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {values['device']}: {str(error).splitlines()[0]}")
     return tuple(stage(**{item.name: values[item.name] for item in dataclasses.fields(stage)}) for stage in stages)
 
 
@@ -48,12 +57,46 @@ def run_command(main):
     """Run a command; bad input is one line on stderr and exit status 2, Ctrl-C is status 130."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; InputError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})")
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is wanted, not {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict):
+    """Write a JSON file that appears whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def keep_config(path: Path, stages: tuple, free: tuple, **more):
+    """Store the stages' configuration, or check that it equals the stored one but for the `free` fields."""
+    config = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
+    if not path.exists():
+        write_json(path, {**config, **more})
+        return
+    stored = read_json(path)
+    different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
+                 for part, fields in config.items() for name, value in fields.items()
+                 if name not in free and stored.get(part, {}).get(name) != value]
+    if different:
+        raise InputError(f"{path} is of another configuration: {', '.join(different)}; choose another --out")
 
 
 @dataclass
@@ -71,6 +114,12 @@ class Question:
 
 MODULUS = 7
 SPLITS = {"sft": range(0, 96), "search": range(96, 208), "valid": range(208, 224), "test": range(224, 256)}
+SPLIT_SIZE = {"sft": 13189, "search": 15365, "valid": 2094, "test": 4344}  # different expressions that each one owns
+
+
+def is_built_in(spec: str) -> bool:
+    """Whether a --data names the built-in task, not a file."""
+    return spec.split(":")[0] == "arithmetic"
 
 
 def split_of(text: str) -> str:
@@ -98,6 +147,8 @@ def reduce_by(parts: list, choose) -> list[str]:
 
 def arithmetic_questions(split: str, count: int, seed: int) -> list[Question]:
     """`count` different questions of a split, drawn with `seed`: expressions of four numbers."""
+    if count > SPLIT_SIZE[split]:
+        raise InputError(f"{count} questions of split {split!r} are wanted, but the built-in task has only {SPLIT_SIZE[split]}")
     rng, seen, questions = random.Random(f"{split} {seed}"), set(), []
     while len(questions) < count:
         parts = [rng.randrange(1, MODULUS)]
@@ -130,11 +181,11 @@ def load_questions(spec: str, limit: int | None = None, seed: int = 0) -> list[Q
     A JSONL row has `question`, `answer` and optionally `solution` and `id`; where the answer ends with GSM8K's
     `#### N`, the text before it is the solution. Raises InputError with file and line.
     """
-    if spec.split(":")[0] == "arithmetic":
+    if is_built_in(spec):
         split = spec.partition(":")[2] or "test"
         if split not in SPLITS:
             raise InputError(f"{spec}: the splits of the built-in task are {', '.join(SPLITS)}")
-        return arithmetic_questions(split, limit or 500, seed)
+        return arithmetic_questions(split, 500 if limit is None else limit, seed)
     questions, ids = [], set()
     for number, row in read_rows(Path(spec), limit):
         where = f"{spec}, line {number}"
@@ -163,16 +214,13 @@ def read_rows(path: Path, limit: int | None = None):
     """(line number, object) of each non-blank line of a JSONL file; the first `limit` of them."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})")
-    count = 0
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     for number, line in filled[:limit]:
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})")
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object is wanted, not {type(row).__name__}")
@@ -192,7 +240,7 @@ def read_template(path: str) -> str:
 # --------------------------------------------------------------------------------------------- answers
 
 ANSWER = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)[ \t]*([^\n]*)")
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s*/\s*\d+)?")
+NUMBER = re.compile(r"([-+]?)\s*\$?\s*([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:\s*/\s*\d+)?)\s*%?(?:\s+[A-Za-z][A-Za-z .]*)?")
 
 
 def extract_answer(text: str) -> str | None:
@@ -202,9 +250,10 @@ def extract_answer(text: str) -> str | None:
 
 
 def to_number(text: str) -> Fraction | None:
-    """Exact value of a plain number, decimal or fraction; `$`, `%`, thousands commas and a unit behind it are ignored."""
-    match = NUMBER.match(text.strip().lstrip("$").strip())
-    digits = match.group().replace(",", "").replace(" ", "") if match else ""
+    """Exact value of a plain number, decimal or fraction; `$`, `%`, thousands commas and unit words behind it are
+    ignored; None for anything else."""
+    match = NUMBER.fullmatch(text.strip())
+    digits = "".join(match.groups()).replace(",", "").replace(" ", "") if match else ""
     try:
         return Fraction(digits) if 0 < len(digits) <= 100 else None
     except (ValueError, ZeroDivisionError):
@@ -249,7 +298,7 @@ class StepTokenizer:
         eos_ids, vocabulary = set(), None
         for name in ("config.json", "generation_config.json"):
             if (Path(folder) / name).exists():
-                raw = json.loads((Path(folder) / name).read_text())
+                raw = read_json(Path(folder) / name)
                 ids = raw.get("eos_token_id")
                 eos_ids |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
                 vocabulary = raw.get("vocab_size", vocabulary)
@@ -262,38 +311,12 @@ class StepTokenizer:
 
     def encode_steps(self, solution: str) -> list[list[int]]:
         """One token list a line; the last step ends with end-of-text in place of the line break."""
-        lines = [line + "\n" for line in solution.splitlines() if line.strip()]
+        lines = [line + "\n" for line in solution.split("\n") if line.strip()]
         lines[-1:] = [line[:-1] for line in lines[-1:]]
         steps = [self.tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
         return steps[:-1] + [step + self.eos_ids[:1] for step in steps[-1:]]
 
 # --------------------------------------------------------------------------------------------- trees
-
-@dataclass
-class TreeNode:
-    """One step of a tree as it is stored; node 0 is the question's prompt."""
-    parent: int  # index into Tree.nodes, always smaller than the node's own; -1 for the root
-    tokens: list[int]
-    sampled: list[bool]  # which tokens the model wrote; the others are fed and carry no loss
-    logp: float = 0.0  # sum of the sampled tokens' untempered log-probabilities under the policy that grew the tree
-    prior: float = 1.0  # exp(mean token log-probability)
-    visit_count: int = 0
-    q_value: float = 0.0
-    value: float = 0.0  # the value head's V when the tree was grown
-    reward: float | None = None  # +1 or -1 at terminal nodes
-    ending: str | None = None  # terminal nodes: "answer", "eos", "cut" (too long) or "deep"
-
-
-@dataclass
-class Tree:
-    id: str
-    question: str
-    answer: str
-    nodes: list[TreeNode]
-    simulations: int = 0  # effective number
-    stopped: str = "simulations"  # or "exhausted", or "slots" when the cache row was full
-    version: int = 1
-
 
 def write_tree(file, tree: Tree):
     """Append one tree as one JSON line."""
@@ -318,6 +341,18 @@ def read_trees(path: str | Path) -> list[Tree]:
     return trees
 
 
+def resume_trees(path: Path) -> list[Tree]:
+    """The trees of a file that is being appended to; a torn last line is cut off, and said."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+        print(f"{path}: the last line was torn and has been cut off; its question is searched again")
+    return read_trees(path)
+
+
 def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     """A worked solution as a tree with one branch."""
     prompt = tokenizer.encode_prompt(question.text)
@@ -327,74 +362,3 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     return Tree(question.id, question.text, question.answer, nodes)
 
 
-# --------------------------------------------------------------------------------------------- packing
-
-@dataclass
-class Pack:
-    """A forest in depth-first order: each unique token once. Flat indices count through (B, T) row by row."""
-    token_BT: torch.Tensor
-    position_BT: torch.Tensor  # depth in tokens from the tree's own first token
-    subtree_end_BT: torch.Tensor  # where in the row the subtree of the token's node ends; padding sees only itself
-    target_M: torch.Tensor  # flat index of every sampled token
-    predictor_M: torch.Tensor  # flat index of the token before it on its path, whose hidden state predicts it
-    node_M: torch.Tensor  # which of the E nodes it belongs to
-    last_E: torch.Tensor  # flat index of each node's last token, where its value is read
-    node_E: list[TreeNode] = field(repr=False)  # the nodes, tree by tree in their stored order
-    first_node: list[int] = field(repr=False)  # index in node_E of each tree's root
-
-
-def flatten(tree: Tree):
-    """Depth-first order: (node index, first position) pairs, and each node's subtree length in tokens."""
-    children, length = [[] for _ in tree.nodes], [len(node.tokens) for node in tree.nodes]
-    for index in range(len(tree.nodes) - 1, 0, -1):
-        length[tree.nodes[index].parent] += length[index]
-        children[tree.nodes[index].parent].insert(0, index)
-    order, stack = [], [(0, 0)]
-    while stack:
-        index, position = stack.pop()
-        order.append((index, position))
-        stack += [(child, position + len(tree.nodes[index].tokens)) for child in reversed(children[index])]
-    return order, length
-
-
-def pack(trees: list[Tree], row_tokens: int = 0) -> Pack:
-    """Pack trees into rows of at most `row_tokens` tokens, or of the largest tree if that is longer (first fit,
-    largest first). Every node keeps its place in `node_E`, so losses do not depend on the packing."""
-    flat = [flatten(tree) for tree in trees]
-    size = [length[0] for _, length in flat]
-    width = max([row_tokens, *size])
-    free, place = [], {}  # tokens left in each row; tree -> (row, column)
-    for index in sorted(range(len(trees)), key=lambda index: -size[index]):
-        row = next((row for row, left in enumerate(free) if left >= size[index]), len(free))
-        if row == len(free):
-            free.append(width)
-        place[index] = (row, width - free[row])
-        free[row] -= size[index]
-    width -= min(free)
-    token = [[0] * width for _ in free]
-    position = [[0] * width for _ in free]
-    end = [list(range(1, width + 1)) for _ in free]
-    target, predictor, owner, last, nodes, first_node = [], [], [], [], [], []
-    for index, tree in enumerate(trees):
-        row, column = place[index]
-        base, tails = len(nodes), {-1: None}
-        first_node.append(base)
-        last += [0] * len(tree.nodes)
-        for node_index, depth in flat[index][0]:
-            node, length = tree.nodes[node_index], flat[index][1][node_index]
-            count = len(node.tokens)
-            token[row][column:column + count] = node.tokens
-            position[row][column:column + count] = range(depth, depth + count)
-            end[row][column:column + count] = [column + length] * count
-            before = tails[node.parent]
-            for offset, sampled in enumerate(node.sampled):
-                here = row * width + column + offset
-                if sampled and before is not None:
-                    target.append(here)
-                    predictor.append(before)
-                    owner.append(base + node_index)
-                before = here
-            tails[node_index] = last[base + node_index] = before
-            column += count
-        nodes += tree.nodes
-    return Pack(*map(torch.tensor, (token, position, end, target, predictor, owner, last)), nodes, first_node)

@@ -5,8 +5,8 @@
 Every strategy is a generator for the driver of mcts.py: it yields nodes to extend and returns the node it answers with.
 """
 import dataclasses
-import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, Question, StepTokenizer, Tree, extract_answer, flag, is_correct, load_questions, \
-    parse_args, read_template, run_command
-from mcts import Driver, Node, SearchConfig, search_trees
+from data import Question, StepTokenizer, extract_answer, is_built_in, is_correct, load_questions, parse_args, \
+    read_template, run_command, write_json
+from mcts import Driver, Node, SearchConfig, check_length, search_trees
 from model import Llama, find_folder, load_model
-from svpo import sibling_pairs
+from svpo import InputError, Tree, flag, sibling_pairs
 
 
 @dataclass(frozen=True)
 class AnswerConfig:
     """Answering new questions."""
-    answer_temperature: float = flag(0.6, "of beam search; AlphaMath: 0.6 in its config, 1.0 in its table; sampled is at 1.0")
-    answer_lanes: int = flag(32, "steps decoded at once, over all questions")
+    answer_temperature: float = flag(0.6, "of beam search; AlphaMath: 0.6 in its config, 1.0 in its table; sampled is at 1.0", least=0)
+    answer_lanes: int = flag(32, "steps decoded at once, over all questions", built_in=512, least=1)
 
 
 def one_path(root: Node, max_depth: int):
@@ -41,16 +41,18 @@ def beam_search(root: Node, beam_width: int, expand_width: int, max_depth: int):
     """Step-level beam search SBS(B1, B2) (AlphaMath algorithm 2), B1 = beam_width, B2 = expand_width.
 
     Keep the B1 partial solutions whose newest step has the highest V among B2 sampled steps from each (B1 * B2 from the
-    root); finished ones leave the beam and shrink it; the answer is the finished solution of highest V.
+    root); finished ones leave the beam and shrink it; the answer is the finished solution of highest V. Steps that can
+    never answer (cut, ended without an answer, at max_depth) are dropped first: our choice.
     """
     beam, finished = [root], []
     while beam and len(finished) < beam_width:
         open_width = beam_width - len(finished)
         children = yield [node for node in beam for _ in range(expand_width * (beam_width if node is root else 1))]
-        different = {(id(child.parent), tuple(child.tokens)): child for child in children}.values()
+        useful = [child for child in children if child.ending == "answer" or not child.ending and child.depth < max_depth]
+        different = {(id(child.parent), tuple(child.tokens)): child for child in useful}.values()
         best = sorted(different, key=lambda child: -child.value)[:open_width]
         finished += [child for child in best if child.ending]
-        beam = [child for child in best if not child.ending and child.depth < max_depth]
+        beam = [child for child in best if not child.ending]
     return max(finished, key=lambda child: child.value) if finished else None
 
 
@@ -106,7 +108,8 @@ def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question
 def sibling_accuracy(trees: list[Tree]) -> dict:
     """How often V ranks the better of two siblings higher: the mean over trees of the share of their pairs.
 
-    The pairs are those of `sibling_pairs` without a gap; 0.5 is chance. The standard error counts trees, not pairs.
+    The pairs are those of `sibling_pairs` without a gap; 0.5 is chance. The standard error counts trees, not pairs; None where there
+    are too few.
     """
     shares = []
     for tree in trees:
@@ -114,9 +117,9 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
         if pairs:
             shares.append(sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs) / len(pairs))
     count = len(shares)
-    mean = sum(shares) / count if count else math.nan
-    spread = sum((share - mean) ** 2 for share in shares) / (count - 1) if count > 1 else math.nan
-    return {"trees": count, "accuracy": mean, "standard_error": math.sqrt(spread / count) if count else math.nan}
+    mean = sum(shares) / count if count else None
+    spread = sum((share - mean) ** 2 for share in shares) / (count - 1) if count > 1 else None
+    return {"trees": count, "accuracy": mean, "standard_error": spread and math.sqrt(spread / count)}
 
 
 def print_table(rows: list[dict], title: str):
@@ -128,7 +131,8 @@ def print_table(rows: list[dict], title: str):
     print(f"\n{title}\n{'stage':10}" + "".join(f"{name:>14}" for name in names) + "".join(f"{name:>16}" for _, name in kinds))
     for row in rows:
         cells = [f"{100 * answer['accuracy']:.1f} +- {100 * answer['standard_error']:.1f}" for answer in row["answers"]]
-        measured = [f"{row[key]['accuracy']:.3f} +- {row[key]['standard_error']:.3f}" for key, _ in kinds]
+        measured = [" +- ".join("-" if row[key][name] is None else f"{row[key][name]:.3f}" for name in ("accuracy", "standard_error"))
+                    for key, _ in kinds]
         print(f"{row['stage']:10}" + "".join(f"{cell:>14}" for cell in cells) + "".join(f"{cell:>16}" for cell in measured), flush=True)
 
 
@@ -139,25 +143,30 @@ class EvalConfig:
     data: str = flag("", "arithmetic (test questions) or a JSONL file of questions")
     strategy: tuple = flag(("greedy", "sampled", "beam:1,5", "beam:3,5"), "greedy, sampled or beam:B1,B2")
     prompt: str = flag("", "file with the text around {question}")
-    limit: int = flag(0, "answer the first N questions; 0: all (500 built-in ones)")
+    limit: int = flag(0, "answer the first N questions; 0: all (500 built-in ones)", least=0)
     json: str = flag("", "write the table and every answer to this file")
     sibling_data: str = flag("", "questions to search for value sibling accuracy; arithmetic:valid for the built-in task")
-    sibling_limit: int = flag(300, "search at most N of them")
+    sibling_limit: int = flag(300, "search at most N of them", least=1)
     seed: int = flag(0, "seed of sampling")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
 
 
 def main():
-    config, search, answering = parse_args(__doc__, (EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:], required=("model", "data"))
+    config, search, answering = parse_args(__doc__, (EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:], ("model", "data"))
     for strategy in config.strategy:
         plan(strategy)
+    if config.json and not os.access(Path(config.json).absolute().parent, os.W_OK):
+        raise InputError(f"--json {config.json}: its folder does not exist or cannot be written to")
     questions = load_questions(config.data, config.limit or None)
     folder = find_folder(config.model)
     tokenizer = StepTokenizer.load(folder, read_template(config.prompt))
     model = load_model(folder, config.device)
+    for question in questions:
+        check_length(question, tokenizer.encode_prompt(question.text), search.max_step_tokens,
+                     min(search.row_slots, model.config.max_position_embeddings))
     row = {"stage": Path(config.model).name[:9], "answers": [
         answer_questions(model, tokenizer, questions, strategy, search, answering, config.seed) for strategy in config.strategy]}
-    sibling_data = config.sibling_data or ("arithmetic:valid" if config.data.startswith("arithmetic") else "")
+    sibling_data = config.sibling_data or ("arithmetic:valid" if is_built_in(config.data) else "")
     if sibling_data:
         row["siblings"] = sibling_accuracy(grow_judged(model, tokenizer, load_questions(sibling_data, config.sibling_limit),
                                                        search, config.seed))
@@ -166,7 +175,7 @@ def main():
         print(f"{answer['strategy']:>10}: {answer['sampled_tokens']:.0f} sampled tokens and {answer['seconds']:.3f} s a question, "
               f"{100 * answer['stated']:.1f} % state an answer")
     if config.json:
-        Path(config.json).write_text(json.dumps(row) + "\n")
+        write_json(Path(config.json), row)
 
 
 if __name__ == "__main__":

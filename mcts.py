@@ -20,23 +20,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import InputError, Question, StepTokenizer, Tree, TreeNode, extract_answer, flag, is_correct, \
-    load_questions, parse_args, read_template, read_trees, run_command, write_tree
+from data import Question, StepTokenizer, extract_answer, is_correct, keep_config, load_questions, parse_args, \
+    read_template, resume_trees, run_command, write_tree
 from model import Llama, TreeCache, find_folder, load_model
+from svpo import InputError, Tree, TreeNode, flag
 
 
 @dataclass(frozen=True)
 class SearchConfig:
     """Tree search. Defaults are our choice; AlphaMath's values stand in the help."""
-    simulations: int = flag(16, "simulations a question at most; AlphaMath: 40")
-    expand_width: int = flag(4, "children sampled at once; AlphaMath: 5")
-    c_puct: float = flag(1.25, "weight of exploration; AlphaMath: 1.25 in the paper, 1.5 in the code")
-    max_depth: int = flag(8, "steps of a solution at most; AlphaMath: 8")
-    max_step_tokens: int = flag(64, "tokens of a step at most; longer ones are cut and wrong")
-    search_temperature: float = flag(1.0, "sampling temperature; AlphaMath: 0.6 in round 1, then 1.0")
+    simulations: int = flag(16, "simulations a question at most; AlphaMath: 40", built_in=12, least=1)
+    expand_width: int = flag(4, "children sampled at once; AlphaMath: 5", least=1)
+    c_puct: float = flag(1.25, "weight of exploration; AlphaMath: 1.25 in the paper, 1.5 in the code", least=0)
+    max_depth: int = flag(8, "steps of a solution at most; AlphaMath: 8", built_in=5, least=1)
+    max_step_tokens: int = flag(64, "tokens of a step at most; longer ones are cut and wrong", built_in=16, least=1)
+    search_temperature: float = flag(1.0, "sampling temperature; AlphaMath: 0.6 in round 1, then 1.0", built_in=0.7, least=0)
     leaf_value: bool = flag(True, "back up V of each expanded leaf; without it outcomes alone")
-    search_rows: int = flag(8, "questions searched at once")
-    row_slots: int = flag(4096, "tokens that the cache holds of one question")
+    search_rows: int = flag(8, "questions searched at once", built_in=128, least=1)
+    row_slots: int = flag(4096, "tokens that the cache holds of one question", built_in=768, least=8)
 
 
 @dataclass(eq=False)
@@ -174,10 +175,10 @@ class Driver:
         self.max_step_tokens, self.slots = max_step_tokens, row_slots
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.cache = TreeCache(model.config, rows, row_slots, self.device, next(model.parameters()).dtype)
-        vocabulary = len(tokenizer.is_eos_V)
         self.tables = [table.to(self.device) for table in (tokenizer.is_eos_V, tokenizer.breaks_line_V,
                                                            tokenizer.has_text_V, tokenizer.text_before_break_V)]
-        self.vocabulary = vocabulary
+        self.vocabulary = len(tokenizer.is_eos_V)  # a model's logits may be padded beyond it
+        self.context = min(row_slots, model.config.max_position_embeddings)
 
         def lane(dtype, *more):
             return torch.zeros(rows, lanes, *more, dtype=dtype, device=self.device)
@@ -214,10 +215,7 @@ class Driver:
         prompts = [self.tokenizer.encode_prompt(question.text) for question in batch]
         longest = max(map(len, prompts))
         for question, prompt in zip(batch, prompts):
-            if len(prompt) + self.max_step_tokens >= min(self.slots, self.model.config.max_position_embeddings):
-                raise InputError(f"question {question.id}: its prompt of {len(prompt)} tokens and one step of "
-                                 f"{self.max_step_tokens} do not fit the context of "
-                                 f"{min(self.slots, self.model.config.max_position_embeddings)} tokens")
+            check_length(question, prompt, self.max_step_tokens, self.context)
         token_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.device)
         length_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         position_BT = torch.arange(longest, device=self.device).expand_as(token_BT)
@@ -270,7 +268,7 @@ class Driver:
         complete_BN = self.live_BN & self.ending_BN
         self.value_BN = torch.where(complete_BN, self.model.value(hidden_BND), self.value_BN)
         self.live_BN = self.live_BN & ~complete_BN
-        token_BN, logp_BN = self.sample(self.model.logits(hidden_BND)[..., :self.vocabulary].float())
+        token_BN, logp_BN = self.sample(self.model.logits(hidden_BND).float())
         new_slot_BN = self.next_slot_B[:, None] + self.live_BN.cumsum(dim=1) - 1
         full_B = (self.next_slot_B + self.live_BN.sum(dim=1)) > self.slots
         if full_B.any():  # such a row cannot go on: its lanes end at once, without a value
@@ -296,8 +294,9 @@ class Driver:
         self.text_BN = self.text_BN | (live & text_BN)
 
     def sample(self, logits_BNV: Tensor) -> tuple[Tensor, Tensor]:
-        """Next tokens (B, N) at the driver's temperature, and their untempered log-probabilities."""
-        logp_BNV = logits_BNV.log_softmax(dim=-1)
+        """Next tokens (B, N) at the driver's temperature, and their untempered log-probabilities. Ids that the
+        tokenizer does not have are never sampled, but count in the softmax, as they do in training."""
+        logp_BNV = logits_BNV.log_softmax(dim=-1)[..., :self.vocabulary]
         if self.temperature == 0:
             token_BN = logp_BNV.argmax(dim=-1)
         else:
@@ -321,8 +320,17 @@ class Driver:
             node.text = self.tokenizer.tokenizer.decode(node.tokens)
             stated = extract_answer(node.text) is not None
             node.ending = "cut" if cut else "answer" if stated else "eos" if eos else None
+            if node.ending is None and node.position + self.max_step_tokens >= self.context:
+                node.ending = "deep"  # no room for another step
             nodes.append(node)
         return nodes
+
+
+def check_length(question: Question, prompt: list[int], max_step_tokens: int, context: int):
+    """Refuse a question that leaves no room for one step; a row spends one slot on waste."""
+    if len(prompt) + max_step_tokens >= context:
+        raise InputError(f"question {question.id}: its prompt of {len(prompt)} tokens and one step of {max_step_tokens} "
+                         f"do not fit {context} tokens (the model's context or --row-slots)")
 
 
 def search_trees(model: Llama, tokenizer: StepTokenizer, questions: list[Question], config: SearchConfig, seed: int = 0,
@@ -357,21 +365,26 @@ class TreesConfig:
     """Which questions to search with which model, and where the trees go."""
     model: str = flag("", "model folder, preset or repository id")
     data: str = flag("", "arithmetic:search or a JSONL file of questions")
-    out: str = flag("", "JSONL file of trees; questions that already have a tree there are left out")
+    out: str = flag("", "JSONL file of trees; questions that already have a tree there are left out. Its configuration is "
+                        "kept beside it")
     prompt: str = flag("", "file with the text around {question}")
-    limit: int = flag(0, "search the first N questions; 0: all (500 built-in ones)")
+    limit: int = flag(0, "search the first N questions; 0: all (500 built-in ones)", least=0)
     seed: int = flag(0, "seed of sampling and of built-in questions")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
 
 
 def main():
-    config, search = parse_args(__doc__, (TreesConfig, SearchConfig), sys.argv[1:], required=("model", "data", "out"))
+    config, search = parse_args(__doc__, (TreesConfig, SearchConfig), sys.argv[1:], ("model", "data", "out"))
     questions = load_questions(config.data, config.limit or None, config.seed)
     folder = find_folder(config.model)
     tokenizer = StepTokenizer.load(folder, read_template(config.prompt))
     model = load_model(folder, config.device)
+    for question in questions:
+        check_length(question, tokenizer.encode_prompt(question.text), search.max_step_tokens,
+                     min(search.row_slots, model.config.max_position_embeddings))
     path = Path(config.out)
-    done = {tree.id for tree in read_trees(path)} if path.exists() else set()
+    keep_config(path.with_name(path.name + ".config"), (config, search), free=("out", "limit", "device"))
+    done = {tree.id for tree in resume_trees(path)}
     left = [question for question in questions if question.id not in done]
     with open(path, "a") as file:
         for tree in search_trees(model, tokenizer, left, search, config.seed):

@@ -8,7 +8,6 @@ Dimension key: B rows (trees, packs or questions), T tokens fed, S cached + new 
 H query heads, G key/value heads, K head width, F feed-forward width, L layers.
 """
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import InputError
+from data import InputError, read_json, write_json
 
 PRESETS = {  # names for `load_model`; any other name is a folder or a Hugging Face repository id
     "llama-7b": "huggyllama/llama-7b",
@@ -86,7 +85,8 @@ class Attention(nn.Module):
                                                       enable_gqa=self.heads != self.groups)
         else:  # the query heads of a group stand in line as further queries: keys are read once, not once a head
             q_BGXK = q_BTHK.transpose(1, 2).reshape(B, self.groups, -1, self.head_dim)
-            out_BHTK = F.scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask).view(B, self.heads, T, -1)
+            out_BHTK = F.scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask)
+            out_BHTK = out_BHTK.reshape(B, self.heads, T, -1)
         return self.o_proj(out_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -226,7 +226,7 @@ HARMLESS = {  # config.json fields that do not change the computation here
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pad_token_id",
     "_name_or_path", "attention_dropout", "chunk_size_feed_forward", "is_encoder_decoder", "return_dict",
     "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type", "_attn_implementation_autoset",
-    "_from_model_config", "is_llama_config", "transformers.js_config", "rope_interleaved_"}
+    "_from_model_config", "is_llama_config", "transformers.js_config", "max_sequence_length"}
 REQUIRED = {  # fields that are supported at one value only
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "pretraining_tp": 1,
     "rope_interleaved": False, "sliding_window": None, "quantization_config": None}
@@ -235,12 +235,7 @@ REQUIRED = {  # fields that are supported at one value only
 def read_config(folder: Path) -> LlamaConfig:
     """Read config.json; every field that would change the computation and is not implemented is refused by name."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model folder holds config.json, *.safetensors and tokenizer.json")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})")
+    raw = read_json(path)
     if raw.get("model_type") != "llama":
         raise InputError(f"{path}: model_type = {raw.get('model_type')!r} is not supported, only 'llama'")
     rope = raw.pop("rope_parameters", None) or {}  # transformers 5 nests the rotary fields
@@ -294,7 +289,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if not files[0].exists() and index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise InputError(f"{index}: needs a 'weight_map' of tensor names to files")
+        files = [folder / name for name in sorted(set(shards.values()))]
     if (folder / "value_head.safetensors").exists():
         files.append(folder / "value_head.safetensors")
     tensors = {}
@@ -355,7 +353,7 @@ def save_model(model: Llama, folder: str | Path):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype, "rope_scaling": None,
               **fixed, **dataclasses.asdict(model.config)}
     for name, write in (("value_head.safetensors", lambda path: save_file(head, path, {"format": "pt"})),
-                        ("model.safetensors", lambda path: save_file(state, path, {"format": "pt"})),
-                        ("config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))):
+                        ("model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))):
         write(folder / f"{name}.partial")
         os.replace(folder / f"{name}.partial", folder / name)
+    write_json(folder / "config.json", config)

@@ -1,32 +1,146 @@
-"""Step-level Value Preference Optimization: step pairs read off a search tree, and the losses. Pure functions.
+"""Step-level Value Preference Optimization: the tree as the datum, the step pairs read off it, and the losses.
 
-Everything is a function of a few vectors over the nodes (steps) of a packed forest and of index pairs of siblings.
+A `Tree` holds all solutions tried for one question; a worked solution is a tree with one branch. `pack` lays a forest
+out depth-first, each unique token once, so that one forward pass serves every loss; each loss is then a function of a
+few vectors over the nodes (steps) and of index pairs of siblings. Pure functions, no input or output.
 Authorities: SVPO summary = said by summaries of arXiv 2406.10858, whose equations and constants could not be read.
 
 Dimension key: B rows, T tokens, M sampled tokens, E nodes of the forest (a step and the prefix that it completes),
 P pairs of siblings, V vocabulary.
 """
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import InputError, Pack, Tree, flag
 
+class InputError(ValueError):
+    """Bad input from the user: the commands print it as one line and end with status 2."""
+
+
+def flag(default, help: str, built_in=None, least=None):
+    """A dataclass field that becomes a command-line flag. `built_in` is its default for the built-in task, `least` the
+    smallest value accepted."""
+    return field(default=default, metadata={"help": help, "built_in": default if built_in is None else built_in, "least": least})
+
+
+# --------------------------------------------------------------------------------------------- trees
+
+@dataclass
+class TreeNode:
+    """One step of a tree as it is stored; node 0 is the question's prompt."""
+    parent: int  # index into Tree.nodes, always smaller than the node's own; -1 for the root
+    tokens: list[int]
+    sampled: list[bool]  # which tokens the model wrote; the others are fed and carry no loss
+    logp: float = 0.0  # sum of the sampled tokens' untempered log-probabilities under the policy that grew the tree
+    prior: float = 1.0  # exp(mean token log-probability)
+    visit_count: int = 0
+    q_value: float = 0.0
+    value: float = 0.0  # the value head's V when the tree was grown
+    reward: float | None = None  # +1 or -1 at terminal nodes
+    ending: str | None = None  # terminal nodes: "answer", "eos", "cut" (too long) or "deep"
+
+
+@dataclass
+class Tree:
+    id: str
+    question: str
+    answer: str
+    nodes: list[TreeNode]
+    simulations: int = 0  # effective number
+    stopped: str = "simulations"  # or "exhausted", or "slots" when the cache row was full
+    version: int = 1
+
+
+# --------------------------------------------------------------------------------------------- packing
+
+@dataclass
+class Pack:
+    """A forest in depth-first order: each unique token once. Flat indices count through (B, T) row by row."""
+    token_BT: Tensor
+    position_BT: Tensor  # depth in tokens from the tree's own first token
+    subtree_end_BT: Tensor  # where in the row the subtree of the token's node ends; padding sees only itself
+    target_M: Tensor  # flat index of every sampled token
+    predictor_M: Tensor  # flat index of the token before it on its path, whose hidden state predicts it
+    node_M: Tensor  # which of the E nodes it belongs to
+    last_E: Tensor  # flat index of each node's last token, where its value is read
+    node_E: list[TreeNode] = field(repr=False)  # the nodes, tree by tree in their stored order
+    first_node: list[int] = field(repr=False)  # index in node_E of each tree's root
+
+
+def flatten(tree: Tree):
+    """Depth-first order: (node index, first position) pairs, and each node's subtree length in tokens."""
+    children, length = [[] for _ in tree.nodes], [len(node.tokens) for node in tree.nodes]
+    for index in range(len(tree.nodes) - 1, 0, -1):
+        length[tree.nodes[index].parent] += length[index]
+        children[tree.nodes[index].parent].insert(0, index)
+    order, stack = [], [(0, 0)]
+    while stack:
+        index, position = stack.pop()
+        order.append((index, position))
+        stack += [(child, position + len(tree.nodes[index].tokens)) for child in reversed(children[index])]
+    return order, length
+
+
+def pack(trees: list[Tree], row_tokens: int = 0) -> Pack:
+    """Pack trees into rows of at most `row_tokens` tokens, or of the largest tree if that is longer (first fit,
+    largest first). Every node keeps its place in `node_E`, so losses do not depend on the packing."""
+    flat = [flatten(tree) for tree in trees]
+    size = [length[0] for _, length in flat]
+    width = max([row_tokens, *size])
+    free, place = [], {}  # tokens left in each row; tree -> (row, column)
+    for index in sorted(range(len(trees)), key=lambda index: -size[index]):
+        row = next((row for row, left in enumerate(free) if left >= size[index]), len(free))
+        if row == len(free):
+            free.append(width)
+        place[index] = (row, width - free[row])
+        free[row] -= size[index]
+    width -= min(free)
+    token = [[0] * width for _ in free]
+    position = [[0] * width for _ in free]
+    end = [list(range(1, width + 1)) for _ in free]
+    target, predictor, owner, last, nodes, first_node = [], [], [], [], [], []
+    for index, tree in enumerate(trees):
+        row, column = place[index]
+        base, tails = len(nodes), {-1: None}
+        first_node.append(base)
+        last += [0] * len(tree.nodes)
+        for node_index, depth in flat[index][0]:
+            node, length = tree.nodes[node_index], flat[index][1][node_index]
+            count = len(node.tokens)
+            token[row][column:column + count] = node.tokens
+            position[row][column:column + count] = range(depth, depth + count)
+            end[row][column:column + count] = [column + length] * count
+            before = tails[node.parent]
+            for offset, sampled in enumerate(node.sampled):
+                here = row * width + column + offset
+                if sampled and before is not None:
+                    target.append(here)
+                    predictor.append(before)
+                    owner.append(base + node_index)
+                before = here
+            tails[node_index] = last[base + node_index] = before
+            column += count
+        nodes += tree.nodes
+    tensors = [torch.tensor(part, dtype=torch.long) for part in (token, position, end, target, predictor, owner, last)]
+    return Pack(*tensors, nodes, first_node)
+
+
+# --------------------------------------------------------------------------------------------- objective
 
 @dataclass(frozen=True)
 class LossConfig:
     """The objective. All weights and thresholds are our choice: the paper's constants are unknown."""
-    beta: float = flag(0.3, "strength of the reference in step-DPO; CPL: 0.3")
-    policy_weight: float = flag(0.5, "weight of step-DPO")
-    sft_weight: float = flag(0.5, "weight of SFT on correct solutions (a_sft)")
-    mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1")
-    margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)")
-    margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for")
+    beta: float = flag(0.3, "strength of the reference in step-DPO; CPL: 0.3", least=0)
+    policy_weight: float = flag(0.5, "weight of step-DPO", built_in=0.05, least=0)
+    sft_weight: float = flag(0.5, "weight of SFT on correct solutions (a_sft)", built_in=0.3, least=0)
+    mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0)
+    margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)", least=0)
+    margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for", least=0)
     pairs: str = flag("all", "all: every pair of siblings that qualifies; best: one pair a parent")
-    min_gap: float = flag(0.5, "least Q_win - Q_lose of a pair")
+    min_gap: float = flag(0.5, "least Q_win - Q_lose of a pair", least=0)
 
     def __post_init__(self):
         if self.pairs not in ("all", "best"):
@@ -138,7 +252,8 @@ def svpo_loss(logp_M: Tensor, value_E: Tensor, pack: Pack, trees: list[Tree], co
     """
     device = logp_M.device
     nodes = pack.node_E
-    policy_E = step_logp(logp_M, pack.node_M, len(nodes))
+    node_M = pack.node_M.to(device)
+    policy_E = step_logp(logp_M, node_M, len(nodes))
     ref_E = torch.tensor([node.logp for node in nodes], device=device)
     q_E = torch.tensor([node.q_value for node in nodes], device=device)
     visited_E = torch.tensor([node.visit_count > 0 for node in nodes], device=device)
@@ -149,7 +264,7 @@ def svpo_loss(logp_M: Tensor, value_E: Tensor, pack: Pack, trees: list[Tree], co
     weight_P = torch.tensor([pair[2] for pair in found], device=device)
     terms = {
         "policy": weighted_mean(step_dpo(policy_E[win_P], policy_E[lose_P], ref_E[win_P], ref_E[lose_P], config.beta), weight_P),
-        "sft": -weighted_mean(logp_M, good_E[pack.node_M]),
+        "sft": -weighted_mean(logp_M, good_E[node_M]),
         "mse": weighted_mean(value_mse(value_E, q_E), visited_E),
         "margin": weighted_mean(value_margin(value_E[win_P], value_E[lose_P], config.margin), weight_P)}
     loss = (config.policy_weight * terms["policy"] + config.sft_weight * terms["sft"]

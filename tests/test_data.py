@@ -55,10 +55,23 @@ def test_extract_answer(text, answer):
 @pytest.mark.parametrize("prediction, answer, same", [
     ("18", "18.0", True), ("$1,234", "1234", True), ("1/2", "0.5", True), ("36/2", "18", True), ("5 apples", "5", True),
     ("18", "19", False), ("0.333", "1/3", False), (None, "1", False), ("", "1", False), ("-3", "3", False), ("x", "x", True),
-    ("1/0", "1", False), ("9" * 5000, "1", False), (".5", "0.5", True), ("1e999999999", "1", True)])
+    ("2x+1", "2y", False), ("10 or 12", "10", False), ("3^2", "3", False), ("1,23", "1", False), ("1e3", "1", False),
+    ("-$5", "-5", True), ("$-5", "-5", True), ("$ 5", "5", True), ("50%", "50", True), ("5.", "5", True), ("2 dollars.", "2", True),
+    ("1.5/2", "0.75", False), (".", "0", False), ("12 3", "12", False), ("1/0", "1", False), ("9" * 5000, "1", False), (".5", "0.5", True), ("1e999999999", "1", False)])
 def test_is_correct(prediction, answer, same):
     """Catches string equality, float rounding, division by zero and numbers that take for ever."""
     assert is_correct(prediction, answer) is same
+
+
+def test_split_sizes():
+    """Catches a stated capacity that is not the counted one, and a request for more questions that never ends."""
+    from itertools import product
+    counted = dict.fromkeys(data.SPLITS, 0)
+    for a, x, b, y, c, z, d in product(range(1, 7), "+-*", range(1, 7), "+-*", range(1, 7), "+-*", range(1, 7)):
+        counted[split_of(f"{a}{x}{b}{y}{c}{z}{d}")] += 1
+    assert counted == data.SPLIT_SIZE
+    with pytest.raises(InputError, match="only 2094"):
+        arithmetic_questions("valid", 2095, 0)
 
 
 def test_jsonl_questions(tmp_path):
@@ -71,7 +84,8 @@ def test_jsonl_questions(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 2: not valid JSON"), ("[1]", "line 2: a JSON object"), ('{"question": "x"}', "line 2: needs a non-empty 'answer'"),
+    ("{", "line 2: not valid JSON"), ('{"question": "x", "answer": ' + "9" * 5000 + "}", "line 2: not valid JSON"),
+    ("[" * 100000, "line 2: not valid JSON"), ("[1]", "line 2: a JSON object"), ('{"question": "x"}', "line 2: needs a non-empty 'answer'"),
     ('{"question": "", "answer": "1"}', "line 2: needs a non-empty 'question'"), ('{"question": "x", "answer": "#### "}', "line 2: no answer"),
     ('{"question": "x", "answer": "1", "solution": 3}', "line 2: 'solution'"), ('{"question": "x", "answer": "1", "id": "q"}', "line 2: id 'q'")])
 def test_malformed_rows_name_file_and_line(tmp_path, line, message):
@@ -103,6 +117,17 @@ def test_step_ends_inside_tokens():
     assert steps.breaks_line_V.tolist() == [False, False, True, True, True, True]
     assert steps.text_before_break_V.tolist() == [True, True, True, False, False, False]
     assert steps.is_eos_V.tolist() == [True] + [False] * 5
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path, capsys):
+    """Catches a search that cannot go on after a kill, and one that loses whole trees or keeps quiet about it."""
+    row = json.dumps({"id": "t", "question": "?", "answer": "1", "nodes": [{"parent": -1, "tokens": [1], "sampled": [False]}]})
+    path = tmp_path / "trees.jsonl"
+    assert data.resume_trees(path) == []
+    for torn in ("", row[:30], row):
+        path.write_text(row + "\n" + torn)
+        assert len(data.resume_trees(path)) == 1 and path.read_text() == row + "\n"
+        assert ("torn" in capsys.readouterr().out) == bool(torn)
 
 
 @pytest.mark.parametrize("change, message", [

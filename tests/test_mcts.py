@@ -168,6 +168,61 @@ def test_a_full_row_ends_its_search_alone(model, tokenizer):
         assert 0 < sum(len(node.tokens) for node in tree.nodes) < 64
 
 
+def test_line_breaks_inside_tokens_end_steps():
+    """Catches byte-pair tokens that swallow the line break, and steps made of blank lines only."""
+    from tokenizers import Tokenizer, decoders, models
+    from conftest import redraw, tiny_config
+    from data import StepTokenizer
+    from model import Llama
+    words = ["<eos>", "a", "b.\n", "\n", "\n\n", "\nc", " "]
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
+    words.decoder = decoders.Fuse()
+    tokenizer = StepTokenizer(words, [0], "a{question}")
+    model = redraw(Llama(tiny_config(vocab_size=7)), std=0.1).eval()
+    seen = set()
+    for tree in search_trees(model, tokenizer, [Question(str(number), "a", "1") for number in range(12)], CONFIG):
+        for node in tree.nodes[1:]:
+            texts = [words.decode([token], skip_special_tokens=False) for token in node.tokens]
+            for count in range(1, len(texts)):
+                text = "".join(texts[:count])
+                assert not any(part.strip() for part in text.split("\n")[:-1]) and "<eos>" not in text, texts
+            text = "".join(texts)
+            whole = "<eos>" in text or any(part.strip() for part in text.split("\n")[:-1])
+            assert whole or node.ending == "cut"
+            seen.add(texts[-1])
+    assert {"<eos>", "b.\n", "\n", "\n\n", "\nc"} <= seen
+
+
+def test_a_padded_vocabulary(tokenizer):
+    """Catches sampled ids that the tokenizer does not have, and log-probabilities that disagree with training's."""
+    from conftest import redraw, tiny_config
+    from model import Llama
+    from train import forward_pack
+    from svpo import pack, step_logp
+    model = redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size() + 9)), std=0.1).eval()
+    trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
+    packed = pack(trees)
+    with torch.no_grad():
+        logp_E = step_logp(forward_pack(model, packed)[0], packed.node_M, len(packed.node_E))
+    assert max(token for node in packed.node_E for token in node.tokens) < tokenizer.tokenizer.get_vocab_size()
+    torch.testing.assert_close(logp_E, torch.tensor([node.logp for node in packed.node_E]), atol=1e-3, rtol=0)
+
+
+def test_no_step_outgrows_the_context(tokenizer):
+    """Catches positions beyond what the model was made for; a node without room for another step is too deep."""
+    from conftest import redraw, tiny_config
+    from model import Llama
+    model = redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size(), max_position_embeddings=28)), std=0.1).eval()
+    trees = list(search_trees(model, tokenizer, QUESTIONS, SearchConfig(
+        simulations=30, expand_width=3, max_depth=50, max_step_tokens=8, search_rows=3, row_slots=2000)))
+    depth, deep = {}, 0
+    for tree in trees:
+        for index, node in enumerate(tree.nodes):
+            depth[tree.id, index] = depth.get((tree.id, node.parent), 0) + len(node.tokens)
+            deep += node.ending == "deep"
+    assert max(depth.values()) <= 28 and deep
+
+
 def test_trees_survive_their_file(tmp_path, model, tokenizer):
     """Catches fields lost or rounded between search and training."""
     trees = list(search_trees(model, tokenizer, QUESTIONS[:3], CONFIG))

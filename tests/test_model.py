@@ -52,6 +52,10 @@ def test_shards_load_as_one_file(tmp_path, model_folder, model):
     (model_folder / "model.safetensors").unlink()
     loaded = load_model(model_folder).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+    (model_folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(InputError, match="weight_map"):
+        load_model(model_folder)
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (model_folder / "b.safetensors").unlink()
     with pytest.raises(InputError, match="b.safetensors: no such file"):
         load_model(model_folder)
@@ -92,6 +96,7 @@ def test_broken_folders_are_refused(tmp_path, model_folder):
         load_model(tmp_path / "absent")
     for name, damage, message in (
             ("config.json", lambda path: path.unlink(), "no such file"), ("config.json", lambda path: path.write_text("{"), "not valid JSON"),
+            ("config.json", lambda path: path.write_text("[]"), "JSON object"),
             ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:100]), "safetensors"),
             ("value_head.safetensors", lambda path: path.write_bytes(b"x"), "safetensors")):
         shutil.copytree(model_folder, tmp_path / "broken")

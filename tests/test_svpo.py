@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from data import Tree, TreeNode, pack
 from model import tree_mask
 from mcts import SearchConfig, search_trees
-from svpo import LossConfig, drop_unvisited, sft_nodes, sibling_pairs, step_dpo, step_logp, svpo_loss, token_logp, value_margin, value_mse
+from svpo import LossConfig, drop_unvisited, sft_nodes, sibling_pairs, step_dpo, step_logp, svpo_loss, value_margin, value_mse
 from test_mcts import QUESTIONS
 
 
@@ -174,6 +174,16 @@ def test_a_preference_step_moves_the_right_way(model, tokenizer):
     assert first["policy"] == pytest.approx(math.log(2), abs=1e-4)  # the reference is the policy itself
     assert last["policy"] < first["policy"] and last["mse"] < first["mse"] and last["margin"] < first["margin"]
     assert last["win_reward"] > last["lose_reward"] and last["value_accuracy"] > first["value_accuracy"]
+
+
+def test_a_pack_without_steps(model):
+    """Catches float index tensors and a mean over nothing where no tree has a sampled token."""
+    from train import forward_pack
+    trees = [Tree("t", "?", "1", [node(-1, 0, 0, tokens=(1, 2))])]
+    packed = pack(trees)
+    logp_M, value_E = forward_pack(model, packed)
+    figures = svpo_loss(logp_M, value_E, packed, trees, LossConfig())
+    assert logp_M.shape == (0,) and value_E.shape == (1,) and figures["loss"] == 0
 
 
 def test_pack_by_hand():
