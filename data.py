@@ -53,6 +53,17 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
     return tuple(stage(**{item.name: values[item.name] for item in dataclasses.fields(stage)}) for stage in stages)
 
 
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which model, on which questions."""
+    model: str = flag("", "model folder, preset or repository id")
+    data: str = flag("", "arithmetic[:SPLIT] (test if not said) or a JSONL file of questions")
+    prompt: str = flag("", "file with the text around {question}")
+    limit: int = flag(0, "use the first N questions; 0: all (500 built-in ones)", least=0)
+    seed: int = flag(0, "seed of sampling")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+
+
 def run_command(main):
     """Run a command; bad input is one line on stderr and exit status 2, Ctrl-C is status 130."""
     try:
@@ -210,10 +221,10 @@ def load_questions(spec: str, limit: int | None = None, seed: int = 0) -> list[Q
     return questions
 
 
-def read_rows(path: Path, limit: int | None = None):
-    """(line number, object) of each non-blank line of a JSONL file; the first `limit` of them."""
+def read_rows(path: Path, limit: int | None = None, content: bytes | None = None):
+    """(line number, object) of each non-blank line of a JSONL file, or of its `content`; the first `limit` of them."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = (path.read_bytes() if content is None else content).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -306,8 +317,13 @@ class StepTokenizer:
             raise InputError(f"{path}: {tokenizer.get_vocab_size()} tokens, but the model's vocabulary has {vocabulary}")
         return StepTokenizer(tokenizer, sorted(eos_ids), template)
 
-    def encode_prompt(self, question: str) -> list[int]:
-        return self.tokenizer.encode(self.template.replace("{question}", question)).ids
+    def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
+        """The prompt's tokens; more than `room` are refused."""
+        prompt = self.tokenizer.encode(self.template.replace("{question}", question.text)).ids
+        if room is not None and len(prompt) > room:
+            raise InputError(f"question {question.id}: its prompt has {len(prompt)} tokens, but beside one step the model's "
+                             f"context has room for {room}")
+        return prompt
 
     def encode_steps(self, solution: str) -> list[list[int]]:
         """One token list a line; the last step ends with end-of-text in place of the line break."""
@@ -324,10 +340,10 @@ def write_tree(file, tree: Tree):
     file.flush()
 
 
-def read_trees(path: str | Path) -> list[Tree]:
+def read_trees(path: str | Path, content: bytes | None = None) -> list[Tree]:
     """All trees of a JSONL file; InputError names the line of a malformed one."""
     trees = []
-    for number, row in read_rows(Path(path)):
+    for number, row in read_rows(Path(path), content=content):
         try:
             tree = Tree(**{**row, "nodes": [TreeNode(**node) for node in row["nodes"]]})
             sound = tree.version == 1 and tree.nodes and all(
@@ -341,21 +357,36 @@ def read_trees(path: str | Path) -> list[Tree]:
     return trees
 
 
-def resume_trees(path: Path) -> list[Tree]:
-    """The trees of a file that is being appended to; a torn last line is cut off, and said."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-        print(f"{path}: the last line was torn and has been cut off; its question is searched again")
-    return read_trees(path)
+def resume_trees(path: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
+    """The trees of `path` and of every rank's file beside it (stem-RANK.suffix), which may be of another rank count. A torn
+    last line is cut off, and said; a file that another rank may be writing is read as far as it is whole."""
+    trees = []
+    for file in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
+        match = re.fullmatch(r"(?:-(\d+))?", file.name.removeprefix(path.stem).removesuffix(path.suffix))
+        if not match:
+            continue
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if int(match[1] or 0) % ranks == rank and whole < len(content):
+            os.truncate(file, whole)
+            print(f"{file}: the last line was torn and has been cut off; its question is searched again")
+        trees += read_trees(file, content[:whole])
+    return trees
+
+
+def to_tree(question: Question, root, simulations: int, stopped: str) -> Tree:
+    """The stored form of a searched tree (mcts.Node), breadth-first."""
+    nodes, queue = [], [(root, -1)]
+    for node, parent in queue:
+        nodes.append(TreeNode(parent, node.tokens, [parent >= 0] * len(node.tokens), node.logp, node.prior,
+                              node.visit_count, node.q_value, node.value, node.reward, node.ending))
+        queue += [(child, len(nodes) - 1) for child in node.children]
+    return Tree(question.id, question.text, question.answer, nodes, simulations, stopped)
 
 
 def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     """A worked solution as a tree with one branch."""
-    prompt = tokenizer.encode_prompt(question.text)
+    prompt = tokenizer.encode_prompt(question)
     nodes = [TreeNode(-1, prompt, [False] * len(prompt))]
     for step in tokenizer.encode_steps(question.solution):
         nodes.append(TreeNode(len(nodes) - 1, step, [True] * len(step)))

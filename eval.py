@@ -1,40 +1,66 @@
-"""Answering: greedy, sampled, and step-level beam search led by the model's own value; accuracy and value tables.
+"""Answering with every strategy at a known budget of tokens, and how good the value is at judging steps.
 
-    python eval.py --model FOLDER --data SPEC --strategy greedy sampled beam:1,5 beam:3,5 --limit N --json out.json
+    python eval.py --model FOLDER --data SPEC --strategy greedy majority:5 best:5 beam:3,5 mcts:16 --json out.json
+    python eval.py --model FOLDER --data SPEC --budget --json curve.json      accuracy against sampled tokens, with a figure
 
 Every strategy is a generator for the driver of mcts.py: it yields nodes to extend and returns the node it answers with.
+
+Dimension key: B rows, T tokens, D width, X tokens of a pack, M sampled tokens, E nodes of a pack.
 """
 import dataclasses
 import math
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from data import Question, StepTokenizer, extract_answer, is_built_in, is_correct, load_questions, parse_args, \
-    read_template, run_command, write_json
-from mcts import Driver, Node, SearchConfig, check_length, search_trees
-from model import Llama, find_folder, load_model
-from svpo import InputError, Tree, flag, sibling_pairs
+from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, load_questions, parse_args, read_trees, \
+    run_command, write_json
+from mcts import Driver, Node, SearchConfig, mcts, search_trees
+from model import Llama, load_source, tree_mask
+from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp
+
+BUDGET = ("greedy", *(f"{name}:{count}" for name in ("majority", "best") for count in (1, 2, 4, 8, 16, 32)),
+          "beam:1,2", "beam:1,3", "beam:1,5", "beam:1,10", "beam:2,5", "beam:3,5", "beam:5,5", "mcts:2", "mcts:4", "mcts:8", "mcts:16")
 
 
 @dataclass(frozen=True)
 class AnswerConfig:
     """Answering new questions."""
-    answer_temperature: float = flag(0.6, "of beam search; AlphaMath: 0.6 in its config, 1.0 in its table; sampled is at 1.0", least=0)
+    answer_temperature: float = flag(0.6, "of all strategies but greedy (0) and sampled (1); AlphaMath: 0.6 in its config, "
+                                          "1.0 in its table", least=0)
     answer_lanes: int = flag(32, "steps decoded at once, over all questions", built_in=512, least=1)
 
 
-def one_path(root: Node, max_depth: int):
-    """Extend one solution step by step: greedy at temperature 0, a sample otherwise."""
-    node = root
-    while not node.ending and node.depth < max_depth:
-        node, = yield [node]
-    return node
+# --------------------------------------------------------------------------------------------- strategies
+
+def samples(root: Node, count: int, choose: Callable):
+    """`count` whole solutions, sampled independently; `choose` picks one of those that state an answer."""
+    solutions = yield [root] * count
+    answered = [node for node in solutions or [] if node.ending == "answer"]
+    return choose(answered) if answered else None
+
+
+def majority(answered: list[Node]) -> Node:
+    """A solution whose answer occurs most often; answers that grade as equal are one. The earliest wins a tie."""
+    groups = []
+    for node in answered:
+        answer = extract_answer(node.text)
+        group = next((group for group in groups if is_correct(answer, extract_answer(group[0].text))), None)
+        group.append(node) if group else groups.append([node])
+    return max(groups, key=len)[0]
+
+
+def best_value(answered: list[Node]) -> Node:
+    """The solution of highest V at its end (best-of-n)."""
+    return max(answered, key=lambda node: node.value)
 
 
 def beam_search(root: Node, beam_width: int, expand_width: int, max_depth: int):
@@ -48,7 +74,7 @@ def beam_search(root: Node, beam_width: int, expand_width: int, max_depth: int):
     while beam and len(finished) < beam_width:
         open_width = beam_width - len(finished)
         children = yield [node for node in beam for _ in range(expand_width * (beam_width if node is root else 1))]
-        useful = [child for child in children if child.ending == "answer" or not child.ending and child.depth < max_depth]
+        useful = [child for child in children or [] if child.ending == "answer" or not child.ending and child.depth < max_depth]
         different = {(id(child.parent), tuple(child.tokens)): child for child in useful}.values()
         best = sorted(different, key=lambda child: -child.value)[:open_width]
         finished += [child for child in best if child.ending]
@@ -56,17 +82,49 @@ def beam_search(root: Node, beam_width: int, expand_width: int, max_depth: int):
     return max(finished, key=lambda child: child.value) if finished else None
 
 
-def plan(strategy: str) -> tuple[int, int]:
-    """(B1, B2) of `beam:B1,B2`; (0, 1) for greedy and sampled. Other names raise InputError."""
-    if strategy in ("greedy", "sampled"):
-        return 0, 1
+def tree_search(root: Node, config: SearchConfig, rng: random.Random):
+    """MCTS with lambda = 0 (AlphaMath section 3.3): terminals too are scored by V, as no answer is known. Then down by Q,
+    towards solutions that state an answer."""
+    yield from mcts(root, config, lambda node: node.value, rng)
+
+    def answers(node):
+        return node.ending == "answer" or any(map(answers, node.children))
+    node = root if answers(root) else None
+    while node and node.children:
+        node = max(filter(answers, node.children), key=lambda child: child.q_value)
+    return node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the driver needs to know of a strategy."""
+    lanes: int  # steps or solutions decoded at once for a question
+    paths: int  # partial solutions extended at once
+    through: int  # steps that a lane runs through by itself
+    temperature: float
+    start: Callable  # (question, root) -> generator
+
+
+def plan(strategy: str, search: SearchConfig = SearchConfig(), config: AnswerConfig = AnswerConfig(), seed: int = 0) -> Plan:
+    """`greedy`, `sampled`, `majority:K`, `best:K`, `beam:B1,B2` or `mcts:SIMULATIONS`; other names raise InputError."""
+    name, _, text = strategy.partition(":")
     try:
-        beam_width, expand_width = map(int, strategy.removeprefix("beam:").split(","))
-        if strategy.startswith("beam:") and beam_width > 0 and expand_width > 0:
-            return beam_width, expand_width
+        numbers = [int(number) for number in text.split(",")] if text else []
     except ValueError:
-        pass
-    raise InputError(f"unknown strategy {strategy!r}; there are greedy, sampled and beam:B1,B2")
+        numbers = [0]
+    if len(numbers) != {"greedy": 0, "sampled": 0, "beam": 2}.get(name, 1) or min(numbers, default=1) < 1 or name not in (
+            "greedy", "sampled", "majority", "best", "beam", "mcts"):
+        raise InputError(f"unknown strategy {strategy!r}; there are greedy, sampled, majority:K, best:K, beam:B1,B2 and mcts:N")
+    temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
+    if name == "beam":
+        return Plan(numbers[0] * numbers[1], numbers[0], 1, temperature,
+                    lambda question, root: beam_search(root, *numbers, search.max_depth))
+    if name == "mcts":
+        config = dataclasses.replace(search, simulations=numbers[0], leaf_value=True)
+        return Plan(search.expand_width, 1, 1, temperature,
+                    lambda question, root: tree_search(root, config, random.Random(f"{seed} {question.id}")))
+    count, choose = numbers[0] if numbers else 1, best_value if name == "best" else majority
+    return Plan(count, 1, search.max_depth, temperature, lambda question, root: samples(root, count, choose))
 
 
 def standard_error(rate: float, count: int) -> float:
@@ -76,27 +134,48 @@ def standard_error(rate: float, count: int) -> float:
 
 def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Question], strategy: str,
                      search: SearchConfig, config: AnswerConfig, seed: int = 0) -> dict:
-    """Answer every question once; accuracy with its standard error, answers stated, tokens and seconds a question."""
-    beam_width, expand_width = plan(strategy)
-    lanes = max(1, beam_width * expand_width)
-    rows = max(1, min(len(questions), config.answer_lanes // lanes))
-    driver = Driver(model, tokenizer, rows, lanes, {"greedy": 0.0, "sampled": 1.0}.get(strategy, config.answer_temperature),
-                    search.max_step_tokens, search.row_slots, seed)
-
-    def start(question, root):
-        return beam_search(root, beam_width, expand_width, search.max_depth) if beam_width else one_path(root, search.max_depth)
+    """Answer every question once; accuracy with its standard error, and what a question cost."""
+    chosen = plan(strategy, search, config, seed)
+    rows = max(1, min(len(questions), config.answer_lanes // chosen.lanes))
+    driver = Driver(model, tokenizer, questions, rows, chosen.lanes, chosen.temperature, search, seed, chosen.paths, chosen.through)
     begin, answers = time.perf_counter(), []
-    for question, root, node in tqdm(driver.run(questions, start), total=len(questions), desc=f"answer {strategy}",
-                                     unit="question", mininterval=1.0, dynamic_ncols=True, leave=False):
+    for question, root, node in driver.run(chosen.start, f"answer {strategy}"):
         text = "".join(step.text for step in node.path()) if node else ""
-        stated = extract_answer(text) if node and node.ending == "answer" else None
+        stated = extract_answer(node.text) if node and node.ending == "answer" else None
         answers.append({"id": question.id, "text": text, "answer": stated, "correct": is_correct(stated, question.answer)})
     count = len(questions)
     accuracy = sum(row["correct"] for row in answers) / count
     return {"strategy": strategy, "questions": count, "accuracy": accuracy, "standard_error": standard_error(accuracy, count),
             "stated": sum(row["answer"] is not None for row in answers) / count,
-            "sampled_tokens": driver.sampled_tokens / count, "seconds": (time.perf_counter() - begin) / count,
+            "sampled_tokens": driver.sampled_tokens / count, "fed_tokens": driver.fed_tokens / count,
+            "steps": driver.steps / count, "seconds": (time.perf_counter() - begin) / count,
             "answers": sorted(answers, key=lambda row: row["id"])}
+
+
+# --------------------------------------------------------------------------------------------- judging steps
+
+def forward_pack(model: Llama, packed: Pack) -> tuple[Tensor, Tensor]:
+    """log pi of each sampled token (M,) and V of each node (E,) from one pass; logits only where a token was sampled."""
+    device = next(model.parameters()).device
+    hidden_BTD = model.hidden(packed.token_BT.to(device), packed.position_BT.to(device), tree_mask(packed.subtree_end_BT.to(device)))
+    hidden_XD = hidden_BTD.flatten(0, 1)
+    token_M = packed.token_BT.flatten()[packed.target_M].to(device)
+    logp_M = token_logp(model.logits(hidden_XD[packed.predictor_M.to(device)]), token_M)
+    return logp_M, model.value(hidden_XD[packed.last_E.to(device)])
+
+
+@torch.inference_mode()
+def rescore(model: Llama, trees: list[Tree]) -> list[Tree]:
+    """The same trees with the values and log-probabilities of this model."""
+    judged = []
+    for start in range(0, len(trees), 16):
+        chunk = trees[start:start + 16]
+        packed = pack(chunk)
+        logp_M, value_E = forward_pack(model, packed)
+        scores = zip(step_logp(logp_M.cpu(), packed.node_M, len(packed.node_E)).tolist(), value_E.tolist())
+        judged += [dataclasses.replace(tree, nodes=[dataclasses.replace(node, logp=logp, value=value) for node, (logp, value)
+                                                    in zip(tree.nodes, scores)]) for tree in chunk]
+    return judged
 
 
 def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, seed: int,
@@ -108,8 +187,8 @@ def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question
 def sibling_accuracy(trees: list[Tree]) -> dict:
     """How often V ranks the better of two siblings higher: the mean over trees of the share of their pairs.
 
-    The pairs are those of `sibling_pairs` without a gap; 0.5 is chance. The standard error counts trees, not pairs; None where there
-    are too few.
+    The pairs are those of `sibling_pairs` without a gap; 0.5 is chance. The standard error counts trees, not pairs; None
+    where there are too few.
     """
     shares = []
     for tree in trees:
@@ -122,9 +201,52 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
     return {"trees": count, "accuracy": mean, "standard_error": spread and math.sqrt(spread / count)}
 
 
+def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
+    """How well a model judges the steps of searched trees; `judged` are the same trees, rescored with it.
+
+    By depth: pairs a tree, and how often the better sibling scores higher (ties count half) by V, by the implicit reward
+    log pi - log ref, with the policy that grew the trees as reference, and by the mean token log-probability. Over all
+    steps: calibration of (V + 1) / 2 as the chance to end correctly, and the AUC of V, against the outcomes that search
+    found at or below each step.
+    """
+    depths, chance, value = {}, [], []
+    for tree, scored in zip(trees, judged):
+        depth = [0] * len(tree.nodes)
+        for index, node in enumerate(tree.nodes[1:], 1):
+            depth[index] = depth[node.parent] + 1
+        for win, lose, _ in sibling_pairs(tree):
+            w, l = scored.nodes[win], scored.nodes[lose]
+            gaps = (w.value - l.value, (w.logp - tree.nodes[win].logp) - (l.logp - tree.nodes[lose].logp),
+                    w.logp / len(w.tokens) - l.logp / len(l.tokens))
+            depths.setdefault(depth[win], []).append([(gap > 0) + 0.5 * (gap == 0) for gap in gaps])
+        for index, (right, wrong) in enumerate(zip(*outcomes_below(tree))):
+            if index and right + wrong:
+                chance.append(right / (right + wrong))
+                value.append(scored.nodes[index].value)
+    value, chance = np.array(value), np.array(chance)
+    bins = np.clip(((value + 1) * 5).astype(int), 0, 9)
+    calibration = [{"steps": int(inside.sum()), "predicted": float((value[inside].mean() + 1) / 2), "found": float(chance[inside].mean())}
+                   for inside in (bins == number for number in range(10)) if inside.any()]
+    return {"by_depth": [{"depth": depth, "pairs_a_tree": len(rows) / len(trees),
+                          **dict(zip(("value", "implicit_reward", "mean_logp"), np.mean(rows, axis=0).tolist()))}
+                         for depth, rows in sorted(depths.items())],
+            "calibration": calibration, "auc": soft_auc(value, chance),
+            "calibration_error": sum(row["steps"] * abs(row["predicted"] - row["found"]) for row in calibration) / max(1, len(value))}
+
+
+def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
+    """Probability that a right case scores above a wrong one, ties half; each case is right with weight `chance`."""
+    _, place = np.unique(score, return_inverse=True)
+    right, wrong = np.bincount(place, chance), np.bincount(place, 1 - chance)
+    total = right.sum() * wrong.sum()
+    return float((right * (wrong.cumsum() - wrong / 2)).sum() / total) if total > 0 else None
+
+
+# --------------------------------------------------------------------------------------------- tables
+
 def print_table(rows: list[dict], title: str):
     """One line a stage: accuracy in % with its standard error for each strategy, then value sibling accuracy on
-    trees of the stage's own policy and on the fixed trees of the SFT policy."""
+    trees of the stage's own policy and on the fixed trees of the first stage."""
     strategies = [answer["strategy"] for answer in rows[0]["answers"]]
     names = [f"SBS({name[5:]})" if name.startswith("beam:") else name for name in strategies]
     kinds = [(key, name) for key, name in (("siblings", "siblings own"), ("siblings_fixed", "siblings fixed")) if key in rows[0]]
@@ -136,46 +258,78 @@ def print_table(rows: list[dict], title: str):
         print(f"{row['stage']:10}" + "".join(f"{cell:>14}" for cell in cells) + "".join(f"{cell:>16}" for cell in measured), flush=True)
 
 
+def print_answers(answers: list[dict]):
+    """One line a strategy: accuracy and what a question cost."""
+    print(f"{'strategy':14}{'accuracy %':>14}{'stated %':>10}{'sampled':>9}{'fed':>8}{'steps':>7}{'seconds':>9}   a question")
+    for row in answers:
+        cell = f"{100 * row['accuracy']:.1f} +- {100 * row['standard_error']:.1f}"
+        print(f"{row['strategy']:14}{cell:>14}{100 * row['stated']:>10.1f}{row['sampled_tokens']:>9.0f}{row['fed_tokens']:>8.0f}"
+              f"{row['steps']:>7.1f}{row['seconds']:>9.4f}")
+
+
+def print_diagnosis(found: dict):
+    print(f"\n{'depth':>5}{'pairs a tree':>14}{'value':>8}{'reward':>8}{'mean logp':>11}   share of pairs ranked right")
+    for row in found["by_depth"]:
+        print(f"{row['depth']:5}{row['pairs_a_tree']:14.2f}{row['value']:8.3f}{row['implicit_reward']:8.3f}{row['mean_logp']:11.3f}")
+    print(f"AUC of V {found['auc'] or math.nan:.3f}, expected calibration error {found['calibration_error']:.3f}; steps, predicted and found "
+          "chance: " + ", ".join(f"{row['steps']} {row['predicted']:.2f} {row['found']:.2f}" for row in found["calibration"]))
+
+
+def draw_budget(answers: list[dict], path: Path):
+    """Accuracy against sampled tokens a question, one line a kind of strategy."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: the curve is not drawn")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for kind in dict.fromkeys(row["strategy"].partition(":")[0] for row in answers):
+        rows = sorted((row for row in answers if row["strategy"].partition(":")[0] == kind), key=lambda row: row["sampled_tokens"])
+        axes.errorbar([row["sampled_tokens"] for row in rows], [100 * row["accuracy"] for row in rows],
+                      [100 * row["standard_error"] for row in rows], marker="o", capsize=2, label=kind)
+    axes.set(xscale="log", xlabel="sampled tokens a question", ylabel="accuracy in %", title=f"{answers[0]['questions']} questions")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 @dataclass(frozen=True)
 class EvalConfig:
-    """Which questions to answer with which model."""
-    model: str = flag("", "model folder, preset or repository id")
-    data: str = flag("", "arithmetic (test questions) or a JSONL file of questions")
-    strategy: tuple = flag(("greedy", "sampled", "beam:1,5", "beam:3,5"), "greedy, sampled or beam:B1,B2")
-    prompt: str = flag("", "file with the text around {question}")
-    limit: int = flag(0, "answer the first N questions; 0: all (500 built-in ones)", least=0)
-    json: str = flag("", "write the table and every answer to this file")
-    sibling_data: str = flag("", "questions to search for value sibling accuracy; arithmetic:valid for the built-in task")
+    """How to answer, and what else to measure."""
+    strategy: tuple = flag(("greedy", "sampled", "beam:1,5", "beam:3,5"), "greedy, sampled, majority:K, best:K, beam:B1,B2, mcts:N")
+    budget: bool = flag(False, "answer with every kind of strategy at several sizes instead")
+    json: str = flag("", "write the tables and every answer to this file; the curve of --budget beside it, as .png")
+    trees: str = flag("", "judge the steps of these trees; their policy is the reference of the implicit reward")
+    sibling_data: str = flag("", "or of trees grown now for these questions, e.g. arithmetic:valid")
     sibling_limit: int = flag(300, "search at most N of them", least=1)
-    seed: int = flag(0, "seed of sampling")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
 
 
 def main():
-    config, search, answering = parse_args(__doc__, (EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:], ("model", "data"))
-    for strategy in config.strategy:
+    source, config, search, answering = parse_args(__doc__, (SourceConfig, EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:],
+                                                   ("model", "data"))
+    strategies = BUDGET if config.budget else config.strategy
+    for strategy in strategies:
         plan(strategy)
     if config.json and not os.access(Path(config.json).absolute().parent, os.W_OK):
         raise InputError(f"--json {config.json}: its folder does not exist or cannot be written to")
-    questions = load_questions(config.data, config.limit or None)
-    folder = find_folder(config.model)
-    tokenizer = StepTokenizer.load(folder, read_template(config.prompt))
-    model = load_model(folder, config.device)
-    for question in questions:
-        check_length(question, tokenizer.encode_prompt(question.text), search.max_step_tokens,
-                     min(search.row_slots, model.config.max_position_embeddings))
-    row = {"stage": Path(config.model).name[:9], "answers": [
-        answer_questions(model, tokenizer, questions, strategy, search, answering, config.seed) for strategy in config.strategy]}
-    sibling_data = config.sibling_data or ("arithmetic:valid" if is_built_in(config.data) else "")
-    if sibling_data:
-        row["siblings"] = sibling_accuracy(grow_judged(model, tokenizer, load_questions(sibling_data, config.sibling_limit),
-                                                       search, config.seed))
-    print_table([row], f"{config.model} on {len(questions)} questions of {config.data}; accuracy in %")
-    for answer in row["answers"]:
-        print(f"{answer['strategy']:>10}: {answer['sampled_tokens']:.0f} sampled tokens and {answer['seconds']:.3f} s a question, "
-              f"{100 * answer['stated']:.1f} % state an answer")
+    trees = read_trees(config.trees) if config.trees else []
+    model, tokenizer, questions = load_source(source)
+    row = {"model": source.model, "answers": [
+        answer_questions(model, tokenizer, questions, strategy, search, answering, source.seed) for strategy in strategies]}
+    print(f"\n{source.model} on {len(questions)} questions of {source.data}")
+    print_answers(row["answers"])
+    if config.sibling_data and not trees:
+        trees = grow_judged(model, tokenizer, load_questions(config.sibling_data, config.sibling_limit), search, source.seed)
+    if trees:
+        judged = rescore(model, trees)
+        row |= {"siblings": sibling_accuracy(judged), "diagnosis": diagnose(trees, judged)}
+        print_diagnosis(row["diagnosis"])
     if config.json:
         write_json(Path(config.json), row)
+        if config.budget:
+            draw_budget(row["answers"], Path(config.json).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -5,25 +5,29 @@ sampled children. `mcts` below is one; the answering strategies of eval.py are o
 it feeds one token to every live child of every question, and resumes a generator when all its children are complete.
 
     python mcts.py --model FOLDER --data SPEC --out trees.jsonl
+    torchrun --nproc-per-node 2 mcts.py ...              each rank searches its share, into trees-RANK.jsonl
 
 Dimension key: B rows (questions searched at once), N lanes (children decoded together in a row), T prompt tokens,
 S cache slots, C tokens of a step, V vocabulary.
 """
 import math
+import os
 import random
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Question, StepTokenizer, extract_answer, is_correct, keep_config, load_questions, parse_args, \
-    read_template, resume_trees, run_command, write_tree
-from model import Llama, TreeCache, find_folder, load_model
-from svpo import InputError, Tree, TreeNode, flag
+from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, keep_config, parse_args, \
+    resume_trees, run_command, to_tree, write_tree
+from model import Llama, TreeCache, load_source
+from svpo import InputError, flag
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class SearchConfig:
     search_temperature: float = flag(1.0, "sampling temperature; AlphaMath: 0.6 in round 1, then 1.0", built_in=0.7, least=0)
     leaf_value: bool = flag(True, "back up V of each expanded leaf; without it outcomes alone")
     search_rows: int = flag(8, "questions searched at once", built_in=128, least=1)
-    row_slots: int = flag(4096, "tokens that the cache holds of one question", built_in=768, least=8)
+    cache_tokens: int = flag(32768, "tokens that the cache holds, over all questions searched at once", built_in=131072, least=1)
 
 
 @dataclass(eq=False)
@@ -54,8 +58,9 @@ class Node:
     value_sum: float = 0.0  # W
     closed: bool = False  # nothing below is left to select
     text: str = ""
-    visible_S: Tensor | None = None  # cache slots of the path's tokens; kept by the driver
     position: int = 0  # tokens on the path, this step's included
+    hidden_D: Tensor | None = None  # final hidden state of the last token; this and `place` are the driver's
+    place: int = 0  # where the driver's cache keeps the step
 
     @property
     def depth(self) -> int:
@@ -76,18 +81,18 @@ class Node:
         return [] if self.parent is None else self.parent.path() + [self]
 
 
-# --------------------------------------------------------------------------------------------- the search
-
 def mcts(root: Node, config: SearchConfig, grade, rng: random.Random):
     """Grow a tree below `root` (AlphaMath section 3.2). `grade(node)` is the outcome of a terminal node, +1 or -1.
 
-    Returns (effective simulations, why it stopped).
+    Returns (effective simulations, why it stopped). The driver sends None for children when it has no room for more.
     """
     for simulation in range(config.simulations):
         leaf = select(root, config.c_puct, rng)
         if leaf is None:
             return simulation, "exhausted"
         children = yield [leaf] * config.expand_width
+        if children is None:
+            return simulation, "slots"
         expand(leaf, children, config.max_depth)
         for child in leaf.children:
             if child.ending:
@@ -104,10 +109,8 @@ def puct(child: Node, c_puct: float) -> float:
 
 
 def select(root: Node, c_puct: float, rng: random.Random) -> Node | None:
-    """Walk down by puct to a node without children; None when the whole tree is exhausted.
-
-    Terminal children are never selected. A node whose children are all terminal or closed is closed, and the walk
-    starts again at the root; the official code ends the whole search there.
+    """Walk down by puct to a node without children, never to a terminal one; None when the whole tree is exhausted. A node
+    whose children are all terminal or closed is closed, and the walk starts again; the official code ends the search there.
     """
     node = root
     while not root.closed:
@@ -125,10 +128,7 @@ def select(root: Node, c_puct: float, rng: random.Random) -> Node | None:
 
 def expand(leaf: Node, children: list[Node], max_depth: int):
     """Attach sampled children; identical ones are merged (our choice), unfinished ones at max_depth are too deep."""
-    different = {}
-    for child in children:
-        different.setdefault(tuple(child.tokens), child)
-    leaf.children = list(different.values())
+    leaf.children = list({tuple(child.tokens): child for child in children}.values())
     for child in leaf.children:
         if child.ending is None and child.depth >= max_depth:
             child.ending = "deep"
@@ -149,247 +149,251 @@ def grader(question: Question):
     return grade
 
 
-def to_tree(question: Question, root: Node, simulations: int, stopped: str) -> Tree:
-    """The stored form of a searched tree, breadth-first."""
-    nodes, queue = [], [(root, -1)]
-    for node, parent in queue:
-        nodes.append(TreeNode(parent, node.tokens, [parent >= 0] * len(node.tokens), node.logp, node.prior,
-                              node.visit_count, node.q_value, node.value, node.reward, node.ending))
-        queue += [(child, len(nodes) - 1) for child in node.children]
-    return Tree(question.id, question.text, question.answer, nodes, simulations, stopped)
+LINE, EOS, CUT = 1, 2, 3  # how a lane's step has ended
 
-
-# --------------------------------------------------------------------------------------------- the driver
 
 class Driver:
-    """Runs one generator a cache row; rows never wait for each other and are refilled when their question ends.
+    """Runs one generator a question, many questions at once: rows never wait for each other.
 
-    A tick feeds one token of every live lane. A lane starts by feeding its parent's last token once more, for the
-    logits (its key goes to the waste slot 0, the original is what it sees), and ends by feeding the step's last token,
-    for the value. Temperature 0 takes the likeliest token.
+    In each tick every live lane samples the next token of its step and feeds it. A step's first token is sampled from the
+    hidden state that its parent's last token left; its last one is fed for its value and hidden state. So each token of a
+    tree is fed exactly once. With `through` > 1 a lane goes on to the next step by itself, up to that many: for generators
+    that do not choose between steps. Temperature 0 takes the likeliest token. What a question samples depends on the seed
+    and its id (and on rounding), not on the questions beside it. The bookkeeping is numpy on the host, over lanes
+    X = row * lanes + column; what moves in a tick are token ids, log-probabilities and masks.
     """
-    def __init__(self, model: Llama, tokenizer: StepTokenizer, rows: int, lanes: int, temperature: float,
-                 max_step_tokens: int, row_slots: int, seed: int = 0):
-        self.model, self.tokenizer, self.temperature = model.eval(), tokenizer, temperature
-        self.device = next(model.parameters()).device
-        self.max_step_tokens, self.slots = max_step_tokens, row_slots
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.cache = TreeCache(model.config, rows, row_slots, self.device, next(model.parameters()).dtype)
-        self.tables = [table.to(self.device) for table in (tokenizer.is_eos_V, tokenizer.breaks_line_V,
-                                                           tokenizer.has_text_V, tokenizer.text_before_break_V)]
-        self.vocabulary = len(tokenizer.is_eos_V)  # a model's logits may be padded beyond it
-        self.context = min(row_slots, model.config.max_position_embeddings)
+    def __init__(self, model: Llama, tokenizer: StepTokenizer, questions: list[Question], rows: int, lanes: int,
+                 temperature: float, config: SearchConfig, seed: int = 0, paths: int = 1, through: int = 1):
+        self.model, self.tokenizer, self.temperature, self.seed = model.eval(), tokenizer, temperature, seed
+        self.rows, self.lanes, self.through, self.step_tokens = rows, lanes, through, config.max_step_tokens
+        self.device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+        self.tables = [table.numpy() for table in (tokenizer.is_eos_V, tokenizer.breaks_line_V, tokenizer.has_text_V,
+                                                   tokenizer.text_before_break_V)]
+        room = model.config.max_position_embeddings - self.step_tokens
+        self.waiting = [(question, tokenizer.encode_prompt(question, room)) for question in questions][::-1]
+        # the slots hold the paths that are being extended and their new steps, the store all steps of the tree
+        longest, new = max((len(prompt) for _, prompt in self.waiting), default=1), lanes * self.step_tokens
+        share, path = config.cache_tokens // rows, paths * config.max_depth * self.step_tokens
+        self.slots = longest + path + new if through == 1 else min(share, longest + through * new)
+        self.places = share - self.slots if through == 1 else 0
+        if self.slots < longest + new or through == 1 and self.places < new:
+            raise InputError(f"--cache-tokens {config.cache_tokens}: too few for {rows} questions at once, which need "
+                             f"{rows * (longest + new + (path + new) * (through == 1))} at least")
+        self.cache = TreeCache(model.config, rows, self.slots, self.places, self.device, dtype)
+        self.mask_BNS = np.zeros((rows, lanes, self.slots), dtype=bool)
+        self.hidden_XD = torch.zeros(rows * lanes, model.config.hidden_size, device=self.device, dtype=dtype)
+        self.live, self.text = np.zeros((2, rows * lanes), dtype=bool)
+        self.token, self.position, self.slot, self.length, self.ending = np.zeros((5, rows * lanes), dtype=np.int64)
+        self.value, self.logp = np.zeros((2, rows * lanes))
+        self.step_XC, self.slot_XC = np.zeros((2, rows * lanes, self.step_tokens), dtype=np.int64)
+        self.uniform_XC = np.zeros((rows * lanes, self.step_tokens))  # the random numbers of each lane's step
+        self.next_slot, self.next_place = np.zeros((2, rows), dtype=np.int64)
+        self.parent, self.children = [None] * (rows * lanes), [[]] * rows  # by lane; by row the complete children
+        self.searches = [None] * rows  # (question, root, generator, random numbers) of each busy row
+        self.sampled_tokens = self.fed_tokens = self.steps = 0
 
-        def lane(dtype, *more):
-            return torch.zeros(rows, lanes, *more, dtype=dtype, device=self.device)
-        self.token_BN, self.position_BN, self.slot_BN, self.length_BN = (lane(torch.long) for _ in range(4))
-        self.live_BN, self.ending_BN, self.eos_BN, self.cut_BN, self.text_BN = (lane(torch.bool) for _ in range(5))
-        self.logp_BN, self.value_BN = lane(torch.float32), lane(torch.float32)
-        self.mask_BNS = lane(torch.bool, row_slots)
-        self.mask_BNS[:, :, 0] = True  # a lane without work sees the waste slot only
-        self.step_BNC = lane(torch.long, max_step_tokens)
-        self.next_slot_B = torch.ones(rows, dtype=torch.long, device=self.device)
-        self.searches = [None] * rows  # (question, root, generator) of each busy row
-        self.wanted = [[] for _ in range(rows)]  # nodes whose children are being decoded, lane by lane
-        self.sampled_tokens = self.fed_tokens = 0
+    def run(self, start, label: str):
+        """Yield (question, root, what the generator returned) as searches end, with a progress bar (of rank 0);
+        `start(question, root)` makes a generator."""
+        begin = time.perf_counter()
+        with tqdm(self.ends(start), label, len(self.waiting), unit="question", mininterval=1.0, dynamic_ncols=True,
+                  disable=int(os.environ.get("RANK", 0)) > 0) as bar:
+            for end in bar:
+                bar.set_postfix_str(f"{self.sampled_tokens / (time.perf_counter() - begin):.0f} tokens/s", refresh=False)
+                yield end
 
     @torch.inference_mode()
-    def run(self, questions: list[Question], start):
-        """Yield (question, root, what the generator returned) as searches end; `start(question, root)` makes one."""
-        waiting = list(reversed(questions))
-        while waiting or any(self.searches):
+    def ends(self, start):
+        """The same without the bar. What all prompts begin with, a few-shot prompt as a rule, is fed once; rows get copies."""
+        prompts = sorted(prompt for _, prompt in self.waiting)  # what the first and the last share, all share
+        prefix = os.path.commonprefix([prompts[0][:-1], prompts[-1][:-1]]) if len(prompts) > 1 else []
+        if prefix:
+            self.feed_prompts([0], [prefix], 0)
+            self.prefix_L2SGK = self.cache.slots_L2BSGK[:, :, 0, :len(prefix)].clone()
+        while self.waiting or any(self.searches):
             free = [row for row, search in enumerate(self.searches) if search is None]
-            if waiting and (4 * len(free) >= len(self.searches) or len(waiting) <= len(free)):
-                yield from self.refill(free, waiting, start)
-            if not any(self.searches):
+            if self.waiting and 8 * len(free) >= self.rows:  # a few at a time: their prompts are fed together
+                yield from self.refill(free, prefix, start)
+            if not self.live.any():
                 continue
-            self.tick()
-            ended_B = (~self.live_BN).all(dim=1).tolist()
-            for row, search in enumerate(self.searches):
-                if search and ended_B[row]:
-                    yield from self.resume(row, self.collect(row))
+            self.sample()
+            self.feed()
+            for row in self.complete():
+                yield from self.resume(row, [child for child in self.children[row] if child])
 
-    def refill(self, free: list[int], waiting: list[Question], start):
+    def feed_prompts(self, rows: list[int], prompts: list[list[int]], begin: int) -> Tensor:
+        """Feed the prompts from token `begin` on; hidden states (R, D) of their last tokens."""
+        lengths = np.array([len(prompt) - begin for prompt in prompts])
+        token, row, lane = map(self.to_device, (
+            np.concatenate([prompt[begin:] for prompt in prompts]), np.repeat(np.arange(len(rows)), lengths),
+            np.concatenate([np.arange(length) for length in lengths])))
+        longest = int(lengths.max())
+        mask_NS = torch.ones(longest, begin + longest, dtype=torch.bool, device=self.device).tril(begin)
+        cache = self.cache.at(row, lane, lane + begin, longest, begin + longest, self.to_device(np.array(rows)))
+        hidden_1XD = self.model.hidden(token[None], lane[None] + begin, mask_NS.expand(len(rows), 1, -1, -1), cache)
+        self.fed_tokens += len(token)
+        return hidden_1XD[0, self.to_device(lengths.cumsum() - 1)]
+
+    def refill(self, free: list[int], prefix: list[int], start):
         """Feed the prompts of the next questions together and start their searches."""
-        batch = [waiting.pop() for _ in free[:len(waiting)]]
-        prompts = [self.tokenizer.encode_prompt(question.text) for question in batch]
-        longest = max(map(len, prompts))
-        for question, prompt in zip(batch, prompts):
-            check_length(question, prompt, self.max_step_tokens, self.context)
-        token_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.device)
-        length_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        position_BT = torch.arange(longest, device=self.device).expand_as(token_BT)
-        inside_BT = position_BT < length_B[:, None]
-        slot_S = torch.arange(longest + 1, device=self.device)  # slot 0 is waste, token t goes to slot t + 1
-        mask_BTS = (slot_S <= position_BT[..., None] + 1) & ((slot_S > 0) | ~inside_BT[..., None])
-        rows = torch.tensor(free[:len(batch)], device=self.device)
-        cache = self.cache.at((position_BT + 1) * inside_BT, longest + 1, rows)
-        hidden_BTD = self.model.hidden(token_BT, position_BT, mask_BTS.unsqueeze(1), cache)
-        value_B = self.model.value(hidden_BTD[torch.arange(len(batch)), length_B - 1]).tolist()
-        self.next_slot_B[rows] = length_B + 1
-        self.fed_tokens += sum(map(len, prompts))
-        visible_BS = torch.zeros(len(batch), self.slots, dtype=torch.bool, device=self.device)
-        visible_BS[:, 1:longest + 1] = inside_BT
-        for row, question, prompt, value, visible_S in zip(free, batch, prompts, value_B, visible_BS):
-            root = Node(tokens=prompt, value=value, visible_S=visible_S, position=len(prompt))
-            self.searches[row] = (question, root, start(question, root))
+        batch = [self.waiting.pop() for _ in free[:len(self.waiting)]]
+        rows = free[:len(batch)]
+        if prefix:
+            self.cache.slots_L2BSGK[:, :, rows, :len(prefix)] = self.prefix_L2SGK[:, :, None]
+        hidden_RD = self.feed_prompts(rows, [prompt for _, prompt in batch], len(prefix))
+        for row, (question, prompt), hidden_D, value in zip(rows, batch, hidden_RD, self.model.value(hidden_RD).tolist()):
+            root = Node(tokens=prompt, value=value, hidden_D=hidden_D, position=len(prompt))
+            rng = np.random.default_rng([self.seed, zlib.crc32(question.id.encode())])
+            self.searches[row], self.next_place[row] = (question, root, start(question, root), rng), 0
             yield from self.resume(row, None)
 
     def resume(self, row: int, children: list[Node] | None):
         """Hand the complete children to the row's generator and start the lanes it asks for, or end the search."""
-        question, root, search = self.searches[row]
-        self.wanted[row] = []
+        question, root, search, rng = self.searches[row]
         try:
-            if children and any(child is None for child in children):
-                search.close()
-                raise StopIteration(None)
-            self.wanted[row] = search.send(children)
+            parents = search.send(children)
+            while not self.lay_out(row, parents, root):
+                parents = search.send(None)
         except StopIteration as end:
             self.searches[row] = None
             yield question, root, end.value
             return
-        count = len(self.wanted[row])
-        if not 0 < count <= self.live_BN.shape[1]:
-            raise ValueError(f"a search asked for {count} children at once, the driver has {self.live_BN.shape[1]} lanes")
-        parents = self.wanted[row]
-        self.mask_BNS[row, :count] = torch.stack([node.visible_S for node in parents])
-        self.token_BN[row, :count] = torch.tensor([node.tokens[-1] for node in parents])
-        self.position_BN[row, :count] = torch.tensor([node.position - 1 for node in parents])
-        for state, fresh in ((self.slot_BN, 0), (self.length_BN, 0), (self.logp_BN, 0.0), (self.ending_BN, False),
-                             (self.text_BN, False), (self.eos_BN, False), (self.cut_BN, False), (self.live_BN, True)):
-            state[row, :count] = fresh
+        self.children[row] = [None] * self.lanes
+        for lane, parent in enumerate(parents, row * self.lanes):
+            self.hidden_XD[lane] = parent.hidden_D
+            self.begin(lane, parent, rng)
 
-    def tick(self):
-        """Feed one token of every live lane; read the values of steps that it completes, sample the others on."""
-        used = min(self.slots, -(-(int(self.next_slot_B.max()) + 1) // 32) * 32)
-        cache = self.cache.at(self.slot_BN, used)
-        hidden_BND = self.model.hidden(self.token_BN, self.position_BN, self.mask_BNS[:, None, :, :used], cache)
-        self.fed_tokens += int(self.live_BN.sum())
-        complete_BN = self.live_BN & self.ending_BN
-        self.value_BN = torch.where(complete_BN, self.model.value(hidden_BND), self.value_BN)
-        self.live_BN = self.live_BN & ~complete_BN
-        token_BN, logp_BN = self.sample(self.model.logits(hidden_BND).float())
-        new_slot_BN = self.next_slot_B[:, None] + self.live_BN.cumsum(dim=1) - 1
-        full_B = (self.next_slot_B + self.live_BN.sum(dim=1)) > self.slots
-        if full_B.any():  # such a row cannot go on: its lanes end at once, without a value
-            self.length_BN[full_B] = 0
-            self.live_BN = self.live_BN & ~full_B[:, None]
-        live = self.live_BN
-        self.sampled_tokens += int(live.sum())
-        self.slot_BN = torch.where(live, new_slot_BN, 0)
-        self.next_slot_B = self.next_slot_B + live.sum(dim=1)
-        self.mask_BNS.scatter_(2, self.slot_BN[..., None], True)
-        self.token_BN = torch.where(live, token_BN, self.token_BN)
-        self.position_BN = self.position_BN + live
-        column_BN = self.length_BN.clamp(max=self.max_step_tokens - 1)[..., None]
-        self.step_BNC.scatter_(2, column_BN, torch.where(live[..., None], token_BN[..., None],
-                                                         self.step_BNC.gather(2, column_BN)))
-        self.length_BN = self.length_BN + live
-        self.logp_BN = self.logp_BN + torch.where(live, logp_BN, 0.0)
-        eos_BN, breaks_BN, text_BN, before_BN = (table[token_BN] for table in self.tables)
-        self.eos_BN = torch.where(live, eos_BN, self.eos_BN)
-        whole_BN = eos_BN | (breaks_BN & (self.text_BN | before_BN))
-        self.cut_BN = torch.where(live, ~whole_BN & (self.length_BN >= self.max_step_tokens), self.cut_BN)
-        self.ending_BN = torch.where(live, whole_BN | self.cut_BN, self.ending_BN)
-        self.text_BN = self.text_BN | (live & text_BN)
+    def lay_out(self, row: int, parents: list[Node], root: Node) -> bool:
+        """Bring the paths of the nodes to be extended into the row's slots, behind the prompt; False if there is no room."""
+        nodes = {id(node): node for parent in parents for node in parent.path()}
+        length, first = len(root.tokens), {}
+        for key, node in nodes.items():
+            first[key], length = length, length + len(node.tokens)
+        if self.through == 1 and max(self.next_place[row] - self.places, length - self.slots) + len(parents) * self.step_tokens > 0:
+            return False
+        if nodes:
+            places = np.concatenate([np.arange(node.place, node.place + len(node.tokens)) for node in nodes.values()])
+            self.cache.fetch(row, self.to_device(places), len(root.tokens))
+        self.mask_BNS[row] = False
+        self.mask_BNS[row, :, :len(root.tokens)] = True
+        for lane, parent in enumerate(parents):
+            for node in parent.path():
+                self.mask_BNS[row, lane, first[id(node)]:first[id(node)] + len(node.tokens)] = True
+        self.next_slot[row] = length
+        return True
 
-    def sample(self, logits_BNV: Tensor) -> tuple[Tensor, Tensor]:
-        """Next tokens (B, N) at the driver's temperature, and their untempered log-probabilities. Ids that the
-        tokenizer does not have are never sampled, but count in the softmax, as they do in training."""
-        logp_BNV = logits_BNV.log_softmax(dim=-1)[..., :self.vocabulary]
+    def begin(self, lane: int, parent: Node, rng):
+        """Start a step of `parent` in a lane, from the hidden state that lies there."""
+        self.parent[lane], self.position[lane], self.length[lane], self.logp[lane] = parent, parent.position - 1, 0, 0.0
+        self.live[lane], self.ending[lane], self.text[lane] = True, 0, False
+        self.uniform_XC[lane] = rng.random(self.step_tokens)
+
+    def sample(self):
+        """Sample the next token of every live lane, give it a slot, and see whether it ends the step."""
+        lanes = np.flatnonzero(self.live)
+        row, column = np.divmod(lanes, self.lanes)
+        count_B = np.bincount(row, minlength=self.rows)
+        slot = self.next_slot[row] + np.arange(len(lanes)) - (count_B.cumsum() - count_B)[row]
+        if (full := slot >= self.slots).any():  # of whole solutions only: steps were given room when they began
+            self.ending[lanes[full]] = CUT
+            lanes, row, column, slot = (part[~full] for part in (lanes, row, column, slot))
+        self.next_slot = np.minimum(self.next_slot + count_B, self.slots)
+        count = self.length[lanes]
+        logits_XV = self.model.logits(self.hidden_XD[self.to_device(lanes)]).float()
+        token, logp = self.draw(logits_XV, self.to_device(self.uniform_XC[lanes, count]))
+        self.token[lanes], self.slot[lanes] = self.step_XC[lanes, count], self.slot_XC[lanes, count] = token, slot
+        self.mask_BNS[row, column, slot] = True
+        self.logp[lanes] += logp
+        self.position[lanes] += 1
+        self.length[lanes] += 1
+        eos, breaks, text, before = (table[token] for table in self.tables)
+        breaks &= self.text[lanes] | before  # a line break ends a step once there is visible text before it
+        self.text[lanes] |= text
+        self.ending[lanes] = np.where(eos, EOS, np.where(breaks, LINE, np.where(count + 1 >= self.step_tokens, CUT, 0)))
+        self.sampled_tokens += len(lanes)
+
+    def draw(self, logits_XV: Tensor, uniform_X: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (X,) at the driver's temperature by inverting the cumulative distribution at `uniform_X`, and their
+        untempered log-probabilities. Ids that the tokenizer does not have are never drawn, but count in the softmax."""
+        known_XV = logits_XV[:, :len(self.tables[0])]
         if self.temperature == 0:
-            token_BN = logp_BNV.argmax(dim=-1)
+            token_X = known_XV.argmax(dim=-1)
         else:
-            weight_BNV = (logp_BNV / self.temperature).softmax(dim=-1)
-            token_BN = torch.multinomial(weight_BNV.flatten(0, 1), 1, generator=self.generator).view(logp_BNV.shape[:2])
-        return token_BN, logp_BNV.gather(2, token_BN[..., None]).squeeze(2)
+            cumulative_XV = (known_XV / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+            target_X1 = (uniform_X.to(cumulative_XV.dtype) * cumulative_XV[:, -1])[:, None]
+            token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0].clamp(max=known_XV.shape[1] - 1)
+        logp_X = logits_XV.gather(1, token_X[:, None])[:, 0] - logits_XV.logsumexp(dim=-1)
+        return token_X.cpu().numpy(), logp_X.cpu().numpy()
 
-    def collect(self, row: int) -> list[Node | None]:
-        """The row's complete children as nodes; None for those that found no slot."""
-        count = len(self.wanted[row])
-        visible_NS = self.mask_BNS[row, :count].clone()
-        visible_NS[:, 0] = False  # lanes that ended before their siblings have been writing to the waste slot
-        state = zip(self.wanted[row], self.step_BNC[row, :count].tolist(), self.length_BN[row, :count].tolist(),
-                    self.logp_BN[row, :count].tolist(), self.value_BN[row, :count].tolist(),
-                    self.eos_BN[row, :count].tolist(), self.cut_BN[row, :count].tolist(), visible_NS)
-        nodes = []
-        for parent, tokens, length, logp, value, eos, cut, visible_S in state:
-            if length == 0:
-                return [None]
-            node = Node(parent, tokens[:length], logp, value, visible_S=visible_S, position=parent.position + length)
+    def feed(self):
+        """Feed the newest token of every live lane; values where it ended the step."""
+        lanes = np.flatnonzero(self.live & (self.length > 0))
+        index_X, row, column, slot, token, position = map(self.to_device, (
+            lanes, lanes // self.lanes, lanes % self.lanes, self.slot[lanes], self.token[lanes], self.position[lanes]))
+        used = min(self.slots, -(-int(self.next_slot.max()) // 64) * 64)
+        mask_BNS = self.to_device(self.mask_BNS[:, :, :used])
+        cache = self.cache.at(row, column, slot, self.lanes, used)
+        self.hidden_XD[index_X] = self.model.hidden(token[None], position[None], mask_BNS[:, None], cache)[0]
+        self.value[lanes] = self.model.value(self.hidden_XD[index_X]).cpu().numpy()
+        self.fed_tokens += len(lanes)
+
+    def complete(self) -> list[int]:
+        """Make nodes of the steps that have ended; rows of which every lane has."""
+        ended = np.flatnonzero(self.live & (self.ending > 0))
+        self.steps += len(ended)
+        for lane in ended:
+            (row, column), parent, count = divmod(lane, self.lanes), self.parent[lane], int(self.length[lane])
+            node = Node(parent, self.step_XC[lane, :count].tolist(), float(self.logp[lane]), float(self.value[lane]),
+                        position=parent.position + count, hidden_D=self.hidden_XD[lane].clone())
             node.text = self.tokenizer.tokenizer.decode(node.tokens)
-            stated = extract_answer(node.text) is not None
-            node.ending = "cut" if cut else "answer" if stated else "eos" if eos else None
-            if node.ending is None and node.position + self.max_step_tokens >= self.context:
+            node.ending = {LINE: None, EOS: "eos", CUT: "cut"}[self.ending[lane]]
+            if node.ending != "cut" and extract_answer(node.text) is not None:
+                node.ending = "answer"
+            if node.ending is None and node.position + self.step_tokens > self.model.config.max_position_embeddings:
                 node.ending = "deep"  # no room for another step
-            nodes.append(node)
-        return nodes
+            self.live[lane] = False
+            if node.ending is None and node.depth < self.through > 1:
+                self.begin(lane, node, self.searches[row][3])
+                continue
+            if node.ending is None and self.through == 1:
+                node.place, self.next_place[row] = int(self.next_place[row]), self.next_place[row] + count
+                self.cache.put_away(row, self.to_device(self.slot_XC[lane, :count]), node.place)
+            self.children[row][column] = node
+        return [row for row in np.unique(ended // self.lanes).tolist() if not self.live.reshape(self.rows, -1)[row].any()]
 
-
-def check_length(question: Question, prompt: list[int], max_step_tokens: int, context: int):
-    """Refuse a question that leaves no room for one step; a row spends one slot on waste."""
-    if len(prompt) + max_step_tokens >= context:
-        raise InputError(f"question {question.id}: its prompt of {len(prompt)} tokens and one step of {max_step_tokens} "
-                         f"do not fit {context} tokens (the model's context or --row-slots)")
+    def to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
 def search_trees(model: Llama, tokenizer: StepTokenizer, questions: list[Question], config: SearchConfig, seed: int = 0,
                  label: str = "search"):
-    """Yield the tree of each question as its search ends, with a progress bar of rates and time left."""
-    driver = Driver(model, tokenizer, min(config.search_rows, len(questions)), config.expand_width,
-                    config.search_temperature, config.max_step_tokens, config.row_slots, seed)
-
-    def start(question, root):
-        return mcts(root, config, grader(question), random.Random(f"{seed} {question.id}"))
-    with tqdm(total=len(questions), desc=label, unit="tree", mininterval=1.0, dynamic_ncols=True) as bar:
-        begin = time.perf_counter()
-        for question, root, end in driver.run(questions, start):
-            simulations, stopped = end or (sum(1 for _ in expanded(root)), "slots")
-            yield to_tree(question, root, simulations, stopped)
-            bar.update()
-            bar.set_postfix_str(f"{driver.sampled_tokens / (time.perf_counter() - begin):.0f} tokens/s")
-
-
-def expanded(root: Node):
-    """All nodes of a tree that have children."""
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node.children:
-            yield node
-            stack += node.children
+    """An iterator over the tree of each question as its search ends; questions that do not fit raise InputError at once."""
+    driver = Driver(model, tokenizer, questions, max(1, min(config.search_rows, len(questions))), config.expand_width,
+                    config.search_temperature, config, seed)
+    ends = driver.run(lambda question, root: mcts(root, config, grader(question), random.Random(f"{seed} {question.id}")), label)
+    return (to_tree(question, root, *end) for question, root, end in ends)
 
 
 @dataclass(frozen=True)
 class TreesConfig:
-    """Which questions to search with which model, and where the trees go."""
-    model: str = flag("", "model folder, preset or repository id")
-    data: str = flag("", "arithmetic:search or a JSONL file of questions")
-    out: str = flag("", "JSONL file of trees; questions that already have a tree there are left out. Its configuration is "
-                        "kept beside it")
-    prompt: str = flag("", "file with the text around {question}")
-    limit: int = flag(0, "search the first N questions; 0: all (500 built-in ones)", least=0)
-    seed: int = flag(0, "seed of sampling and of built-in questions")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    """Where the trees go."""
+    out: str = flag("", "JSONL file; questions that have a tree there are left out. Its configuration is kept beside it")
 
 
 def main():
-    config, search = parse_args(__doc__, (TreesConfig, SearchConfig), sys.argv[1:], ("model", "data", "out"))
-    questions = load_questions(config.data, config.limit or None, config.seed)
-    folder = find_folder(config.model)
-    tokenizer = StepTokenizer.load(folder, read_template(config.prompt))
-    model = load_model(folder, config.device)
-    for question in questions:
-        check_length(question, tokenizer.encode_prompt(question.text), search.max_step_tokens,
-                     min(search.row_slots, model.config.max_position_embeddings))
-    path = Path(config.out)
-    keep_config(path.with_name(path.name + ".config"), (config, search), free=("out", "limit", "device"))
-    done = {tree.id for tree in resume_trees(path)}
-    left = [question for question in questions if question.id not in done]
+    source, target, search = parse_args(__doc__, (SourceConfig, TreesConfig, SearchConfig), sys.argv[1:], ("model", "data", "out"))
+    rank, ranks, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(target.out)
+    model, tokenizer, questions = load_source(source, source.seed)
+    if rank == 0:
+        keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"))
+    path = out if ranks == 1 else out.with_name(f"{out.stem}-{rank}{out.suffix}")
+    done = {tree.id for tree in resume_trees(out, rank, ranks)}
+    mine = [question for question in questions[rank::ranks] if question.id not in done]
+    trees = search_trees(model, tokenizer, mine, search, source.seed)
     with open(path, "a") as file:
-        for tree in search_trees(model, tokenizer, left, search, config.seed):
+        for tree in trees:
             write_tree(file, tree)
-    print(f"{path}: {len(left)} trees written, {len(questions) - len(left)} were there")
+    print(f"{path}: {len(mine)} trees written, {len(questions[rank::ranks]) - len(mine)} were there")
 
 
 if __name__ == "__main__":

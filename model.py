@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import InputError, read_json, write_json
+from data import Question, SourceConfig, StepTokenizer, load_questions, read_json, read_template, write_json
+from svpo import InputError
 
 PRESETS = {  # names for `load_model`; any other name is a folder or a Hugging Face repository id
     "llama-7b": "huggyllama/llama-7b",
@@ -65,29 +66,33 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c: LlamaConfig, index: int):
         super().__init__()
+        self.index = index  # of the layer, by which the cache knows it
         self.heads, self.groups, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, store) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTHK = rotate(self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim), cos, sin)
         k_BTGK = rotate(self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim), cos, sin)
         v_BTGK = self.v_proj(x_BTD).view(B, T, self.groups, self.head_dim)
-        k_BSGK, v_BSGK = store(k_BTGK, v_BTGK) if store else (k_BTGK, v_BTGK)
-        k_BGSK, v_BGSK = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
+        if cache is not None:  # from one flat line of tokens to the cache's rows
+            q_BTHK, k_BTGK, v_BTGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
+        q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if mask is None:
-            out_BHTK = F.scaled_dot_product_attention(q_BTHK.transpose(1, 2), k_BGSK, v_BGSK, is_causal=True,
+            out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True,
                                                       enable_gqa=self.heads != self.groups)
         else:  # the query heads of a group stand in line as further queries: keys are read once, not once a head
-            q_BGXK = q_BTHK.transpose(1, 2).reshape(B, self.groups, -1, self.head_dim)
-            out_BHTK = F.scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask)
-            out_BHTK = out_BHTK.reshape(B, self.heads, T, -1)
-        return self.o_proj(out_BHTK.transpose(1, 2).reshape(B, T, -1))
+            q_BGXK = q_BHTK.reshape(q_BHTK.shape[0], self.groups, -1, self.head_dim)
+            out_BHTK = F.scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask).reshape(q_BHTK.shape)
+        out_BTHK = out_BHTK.transpose(1, 2)
+        if cache is not None:
+            out_BTHK = cache.roll_up(out_BTHK)
+        return self.o_proj(out_BTHK.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -102,15 +107,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c: LlamaConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, index)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, store) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, store)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -119,7 +124,7 @@ class Decoder(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(c, index) for index in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -155,8 +160,8 @@ class Llama(nn.Module):
         if mask is not None:  # additive, converted once; repeated for the query heads that share a key (see Attention)
             mask = torch.zeros(mask.shape, device=mask.device, dtype=x_BTD.dtype).masked_fill_(~mask, -math.inf)
             mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
-        for index, layer in enumerate(self.model.layers):
-            x_BTD = layer(x_BTD, cos, sin, mask, cache.layer(index) if cache else None)
+        for layer in self.model.layers:
+            x_BTD = layer(x_BTD, cos, sin, mask, cache)
         return self.model.norm(x_BTD)
 
     def rotary(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,7 +183,8 @@ class Llama(nn.Module):
     def forward(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
                 cache: "TreeCache | None" = None) -> tuple[Tensor, Tensor]:
         """(logits_BTV, value_BT). Without position and mask it is plain causal. `mask` (B, 1, T, S) is True where a
-        query may look; with a cache, S counts the cache's slots in use and includes the fed tokens' own slots."""
+        query may look. With a cache the tokens come as one flat line (1, X), and the mask is (rows, 1, lanes, slots in use),
+        the fed tokens' own slots included (see TreeCache)."""
         hidden_BTD = self.hidden(token_BT, position_BT, mask, cache)
         return self.logits(hidden_BTD), self.value(hidden_BTD)
 
@@ -194,30 +200,46 @@ def tree_mask(subtree_end_BT: Tensor) -> Tensor:
 
 
 class TreeCache:
-    """Keys and values of many trees: one row a question, one slot a token, in any order of growth.
+    """Keys and values of many partial solutions: one row a question, one slot a token, in any order of growth.
 
-    `at` says where the next forward pass writes its tokens and how many slots it reads; the mask says who sees whom.
-    Slot 0 of each row is waste: lanes without work write there, and nobody who matters looks there.
+    A forward pass feeds one flat line of X tokens without padding; `at` says beforehand which row, lane (query of the
+    row) and slot each belongs to, and how many slots are read. The mask says which slots a lane sees. Steps that are
+    complete move to `store`, a second memory of one place a token, so that the slots read by the next pass are those of
+    the paths now being extended, not those of the whole tree.
     """
-    def __init__(self, config: LlamaConfig, rows: int, slots: int, device="cpu", dtype=torch.float32):
-        shape = (rows, slots, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+    def __init__(self, config: LlamaConfig, rows: int, slots: int, places: int = 0, device="cpu", dtype=torch.float32):
+        def memory(length):
+            return torch.zeros(config.num_hidden_layers, 2, rows, length, config.num_key_value_heads, config.head_dim,
+                               device=device, dtype=dtype)
+        self.slots_L2BSGK, self.store_L2BPGK = memory(slots), memory(places)
 
-    def at(self, slot_BT: Tensor, length: int, row_B: Tensor | None = None) -> "TreeCache":
-        """Write to `slot_BT` of rows `row_B` (default: all rows in order), then read the first `length` slots."""
-        self.slot_BT, self.length, self.row_B = slot_BT, length, row_B
-        self.write_B1 = (torch.arange(slot_BT.shape[0], device=slot_BT.device) if row_B is None else row_B)[:, None]
+    def at(self, row_X: Tensor, lane_X: Tensor, slot_X: Tensor, lanes: int, length: int, rows_R: Tensor | None = None):
+        """Describe the next pass; `row_X` counts among `rows_R` where that is given, among all rows otherwise."""
+        self.row_X, self.lane_X, self.slot_X, self.lanes, self.length, self.rows_R = row_X, lane_X, slot_X, lanes, length, rows_R
         return self
 
-    def layer(self, index: int):
-        def store(k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-            stored = []
-            for memory_BSGK, new_BTGK in ((self.keys[index], k_BTGK), (self.values[index], v_BTGK)):
-                memory_BSGK[self.write_B1, self.slot_BT] = new_BTGK
-                stored.append((memory_BSGK if self.row_B is None else memory_BSGK[self.row_B])[:, :self.length])
-            return stored[0], stored[1]
-        return store
+    def unroll(self, layer: int, q_1XHK: Tensor, k_1XGK: Tensor, v_1XGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write keys and values; return queries by row and lane, keys and values by row and slot."""
+        memory_2BSGK = self.slots_L2BSGK[layer]
+        cache_row_X = self.row_X if self.rows_R is None else self.rows_R[self.row_X]
+        memory_2BSGK[0, cache_row_X, self.slot_X] = k_1XGK[0]
+        memory_2BSGK[1, cache_row_X, self.slot_X] = v_1XGK[0]
+        read_2RSGK = memory_2BSGK[:, :, :self.length] if self.rows_R is None else memory_2BSGK[:, self.rows_R, :self.length]
+        q_RNHK = q_1XHK.new_zeros(read_2RSGK.shape[1], self.lanes, *q_1XHK.shape[2:])
+        q_RNHK[self.row_X, self.lane_X] = q_1XHK[0]
+        return q_RNHK, read_2RSGK[0], read_2RSGK[1]
+
+    def roll_up(self, out_RNHK: Tensor) -> Tensor:
+        """The flat line again (1, X, H, K)."""
+        return out_RNHK[self.row_X, self.lane_X].unsqueeze(0)
+
+    def put_away(self, row: int, slot_X: Tensor, place: int):
+        """Copy tokens of a row from their slots to the store, from `place` on."""
+        self.store_L2BPGK[:, :, row, place:place + len(slot_X)] = self.slots_L2BSGK[:, :, row, slot_X]
+
+    def fetch(self, row: int, place_X: Tensor, slot: int):
+        """Copy tokens of a row from the store to its slots, from `slot` on."""
+        self.slots_L2BSGK[:, :, row, slot:slot + len(place_X)] = self.store_L2BPGK[:, :, row, place_X]
 
 
 # ------------------------------------------------------------------------------------------------ loading and saving
@@ -337,6 +359,15 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
     state = {key: tensor.to(device=device, dtype=dtype, copy=True) for key, tensor in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True).eval()
+
+
+def load_source(source: SourceConfig, question_seed: int = 0) -> tuple[Llama, StepTokenizer, list[Question]]:
+    """The model, its tokenizer and the questions that a command names."""
+    questions = load_questions(source.data, source.limit or None, question_seed)
+    folder = find_folder(source.model)
+    tokenizer = StepTokenizer.load(folder, read_template(source.prompt))  # first: a tokenizer of another model is told by its size
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
+    return load_model(folder, device), tokenizer, questions
 
 
 def save_model(model: Llama, folder: str | Path):

@@ -147,14 +147,14 @@ class LossConfig:
             raise InputError(f"--pairs is all or best, not {self.pairs!r}")
 
 
-def outcomes_below(tree: Tree) -> tuple[list[bool], list[bool]]:
-    """For each node: is there a correct terminal at or below it, and is there a wrong one."""
-    correct = [node.reward is not None and node.reward > 0 for node in tree.nodes]
-    wrong = [node.reward is not None and node.reward < 0 for node in tree.nodes]
+def outcomes_below(tree: Tree) -> tuple[list[int], list[int]]:
+    """For each node: the number of correct terminals at or below it, and of wrong ones."""
+    correct = [int(node.reward is not None and node.reward > 0) for node in tree.nodes]
+    wrong = [int(node.reward is not None and node.reward < 0) for node in tree.nodes]
     for index in range(len(tree.nodes) - 1, 0, -1):
         parent = tree.nodes[index].parent
-        correct[parent] |= correct[index]
-        wrong[parent] |= wrong[index]
+        correct[parent] += correct[index]
+        wrong[parent] += wrong[index]
     return correct, wrong
 
 
@@ -200,7 +200,7 @@ def sft_nodes(tree: Tree) -> list[bool]:
     correct, _ = outcomes_below(tree)
     kept = [True] + [False] * (len(tree.nodes) - 1)
     for index, node in enumerate(tree.nodes[1:], 1):
-        kept[index] = kept[node.parent] and correct[index] and node.visit_count > 0 and node.q_value > 0
+        kept[index] = kept[node.parent] and correct[index] > 0 and node.visit_count > 0 and node.q_value > 0
     kept[0] = False
     return kept
 

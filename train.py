@@ -7,9 +7,8 @@ A run folder holds config.json, log.jsonl (one line an optimizer step) and a fol
 model in Hugging Face's layout, its trees and its eval.json. The same command, run again, goes on: finished stages and
 searched questions are kept, an optimizer phase that was interrupted starts again.
 
-Dimension key: B rows, T tokens, M sampled tokens, E nodes of a pack, D width.
+Dimension key: M sampled tokens, E nodes of a pack.
 """
-import dataclasses
 import json
 import math
 import os
@@ -21,16 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data import Question, StepTokenizer, arithmetic_tokenizer, is_built_in, keep_config, load_questions, parse_args, \
     read_json, read_template, read_trees, resume_trees, run_command, solution_tree, write_json, write_tree
-from eval import AnswerConfig, answer_questions, grow_judged, print_table, sibling_accuracy
-from mcts import SearchConfig, check_length, search_trees
-from model import Llama, LlamaConfig, find_folder, load_model, save_model, tree_mask
-from svpo import InputError, LossConfig, Pack, Tree, drop_unvisited, flag, pack, sibling_pairs, svpo_loss, token_logp, \
-    weighted_mean
+from eval import AnswerConfig, answer_questions, forward_pack, grow_judged, print_table, rescore, sibling_accuracy
+from mcts import SearchConfig, search_trees
+from model import Llama, LlamaConfig, find_folder, load_model, save_model
+from svpo import InputError, LossConfig, Tree, drop_unvisited, flag, pack, sibling_pairs, svpo_loss, weighted_mean
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -145,7 +142,7 @@ def check_splits(splits: dict, tokenizer: StepTokenizer, model: Llama, train: Tr
     """Refuse questions and solutions that do not fit, or SFT without solutions, before anything is written."""
     context = model.config.max_position_embeddings
     for question in [question for name in ("valid", "test") for question in splits[name]] + sum(splits["search"], []):
-        check_length(question, tokenizer.encode_prompt(question.text), search.max_step_tokens, min(context, search.row_slots))
+        tokenizer.encode_prompt(question, context - search.max_step_tokens)
     if train.sft_steps and not splits["sft"]:
         raise InputError("--sft-steps needs questions with worked solutions, and there is none")
     for question in splits["sft"] if train.sft_steps else []:
@@ -195,16 +192,6 @@ class Log:
 
 # --------------------------------------------------------------------------------------------- training
 
-def forward_pack(model: Llama, packed: Pack) -> tuple[Tensor, Tensor]:
-    """log pi of each sampled token (M,) and V of each node (E,) from one pass; logits only where a token was sampled."""
-    device = next(model.parameters()).device
-    hidden_BTD = model.hidden(packed.token_BT.to(device), packed.position_BT.to(device), tree_mask(packed.subtree_end_BT.to(device)))
-    hidden_XD = hidden_BTD.flatten(0, 1)
-    token_M = packed.token_BT.flatten()[packed.target_M].to(device)
-    logp_M = token_logp(model.logits(hidden_XD[packed.predictor_M.to(device)]), token_M)
-    return logp_M, model.value(hidden_XD[packed.last_E.to(device)])
-
-
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Share of the peak learning rate: linear over the first `warmup` of the steps, then a cosine down to 0."""
     rising = max(1, round(warmup * steps))
@@ -250,7 +237,7 @@ def tune(model: Llama, trees: list[Tree], train: TrainConfig, losses: LossConfig
     """SVPO on a round's trees. The reference is the policy that grew them, by its recorded log-probabilities."""
     kept = [tree for tree in map(drop_unvisited, trees) if len(tree.nodes) > 1]
     if not kept:
-        raise InputError(f"{log.stage}: no tree has a step to learn from; see --row-slots and --max-step-tokens")
+        raise InputError(f"{log.stage}: no tree has a step to learn from; see --cache-tokens and --max-step-tokens")
     optimize(model, kept, max(1, train.tune_epochs * len(kept) // train.tune_batch), train.tune_batch, train.tune_lr,
              lambda logp_M, value_E, packed, chosen: svpo_loss(logp_M, value_E, packed, chosen, losses), train, seed, log)
 
@@ -259,7 +246,7 @@ def grow_trees(model: Llama, tokenizer: StepTokenizer, splits: dict, number: int
                search: SearchConfig) -> list[Tree]:
     """Search the round's questions; each tree is written as it ends, and questions that have one are not searched again."""
     path = stage / "trees-0.jsonl"
-    trees = resume_trees(path)
+    trees = resume_trees(stage / "trees.jsonl")
     done = {tree.id for tree in trees}
     left = [question for question in splits["search"][number - 1] if question.id not in done]
     with open(path, "a") as file:
@@ -316,21 +303,9 @@ def evaluate(model: Llama, tokenizer: StepTokenizer, splits: dict, stage: Path, 
             with open(fixed, "w") as file:
                 for tree in trees:
                     write_tree(file, tree)
-        row["siblings_fixed"] = sibling_accuracy(revalue(model, read_trees(fixed)))
+        row["siblings_fixed"] = sibling_accuracy(rescore(model, read_trees(fixed)))
     write_json(path, row)
     return row
-
-
-@torch.inference_mode()
-def revalue(model: Llama, trees: list[Tree]) -> list[Tree]:
-    """The same trees with the values of this model."""
-    judged = []
-    for start in range(0, len(trees), 16):
-        chunk = trees[start:start + 16]
-        value = iter(forward_pack(model, pack(chunk))[1].tolist())
-        judged += [dataclasses.replace(tree, nodes=[dataclasses.replace(node, value=next(value)) for node in tree.nodes])
-                   for tree in chunk]
-    return judged
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Beam search on a hand-made tree, strategy names, and the figures of the tables."""
+import dataclasses
 import math
+import random
 
+import numpy as np
 import pytest
 
-from eval import beam_search, one_path, plan, sibling_accuracy, standard_error
+from eval import beam_search, best_value, diagnose, majority, plan, samples, sibling_accuracy, soft_auc, standard_error, tree_search
 from mcts import Node
 from svpo import InputError, Tree, TreeNode
 
@@ -49,13 +52,53 @@ def test_beam_search_drops_what_cannot_answer():
     assert answer.tokens == [7] and asked == [4]
     answer, asked = run(beam_search(Node(tokens=[9]), 2, 2, 3), lambda parent, copy: Node(parent, [5], -1.0, 0.5))
     assert answer is None and asked == [4, 2, 2]  # four equal children are one
-    assert run(one_path(Node(tokens=[9]), 3), lambda parent, copy: Node(parent, [5]))[0].depth == 3
+
+
+def test_choosing_among_samples():
+    """Catches votes by text instead of by value of the number, unanswered solutions that vote, and a best by likelihood."""
+    found = [Node(None, [0], -9.0, 0.1, "answer", text="#### 18.0"), Node(None, [1], -1.0, 0.9, "answer", text="#### 7"),
+             Node(None, [2], -9.0, 0.2, "answer", text="x #### 18"), *(Node(None, [3], -1.0, 1.0, "cut", text="#### 5") for _ in range(3))]
+    assert run(samples(Node(tokens=[9]), 6, majority), lambda parent, copy: found[copy]) == (found[0], [6])
+    assert run(samples(Node(tokens=[9]), 6, best_value), lambda parent, copy: found[copy]) == (found[1], [6])
+    assert run(samples(Node(tokens=[9]), 2, majority), lambda parent, copy: found[-1])[0] is None
+
+
+def test_tree_search_answers_by_its_own_value():
+    """Catches an inference that grades with the right answer, and a walk down to a node that states none."""
+    from mcts import SearchConfig
+
+    def grow(parent, copy):
+        if parent.parent is None:
+            return Node(parent, [copy], -1.0, (0.9, -0.4)[copy], ("cut", None)[copy])
+        return Node(parent, [copy], -1.0, (0.2, 0.6)[copy], "answer")
+    answer, asked = run(tree_search(Node(tokens=[9]), SearchConfig(simulations=5, expand_width=2), random.Random(0)), grow)
+    assert [node.tokens for node in answer.path()] == [[1], [1]] and answer.reward == 0.6 and asked == [2, 2]
+
+
+def test_diagnosis_by_hand():
+    """Catches depths that are off by one, a reward that ignores the reference, a mean that is a sum, and a wrong AUC."""
+    assert soft_auc(np.array([0.1, 0.5, 0.5, 0.9]), np.array([0.0, 0.0, 1.0, 1.0])) == pytest.approx(3.5 / 4)
+    assert soft_auc(np.array([0.1, 0.9]), np.array([1.0, 1.0])) is None
+    nodes = [TreeNode(-1, [1], [False], visit_count=5),
+             TreeNode(0, [1, 2], [True, True], -1.0, visit_count=1, q_value=1.0, reward=1.0),
+             TreeNode(0, [1], [True], -2.0, visit_count=1, q_value=-1.0, reward=-1.0)]
+    tree = Tree("t", "?", "1", nodes)
+    judged = dataclasses.replace(tree, nodes=[nodes[0], dataclasses.replace(nodes[1], logp=-1.5, value=0.5),
+                                              dataclasses.replace(nodes[2], logp=-1.0, value=-0.9)])
+    found = diagnose([tree, tree], [judged, judged])
+    # V: 0.5 > -0.9; reward: -1.5 + 1 < -1 + 2; mean log-probability: -0.75 > -1
+    assert found["by_depth"] == [{"depth": 1, "pairs_a_tree": 1.0, "value": 1.0, "implicit_reward": 0.0, "mean_logp": 1.0}]
+    assert found["auc"] == 1.0 and found["calibration_error"] == pytest.approx((0.25 + 0.05) / 2)
+    assert [(row["steps"], row["found"]) for row in found["calibration"]] == [(2, 0.0), (2, 1.0)]
 
 
 def test_plan():
     """Catches names that are taken for others."""
-    assert plan("greedy") == plan("sampled") == (0, 1) and plan("beam:3,5") == (3, 5)
-    for name in ("beam", "beam:3", "beam:0,5", "beam:a,b", "3,5", "greed"):
+    lanes = {name: (plan(name).lanes, plan(name).paths, plan(name).temperature) for name in (
+        "greedy", "sampled", "majority:7", "best:3", "beam:3,5", "mcts:9")}
+    assert lanes == {"greedy": (1, 1, 0), "sampled": (1, 1, 1), "majority:7": (7, 1, 0.6), "best:3": (3, 1, 0.6),
+                     "beam:3,5": (15, 3, 0.6), "mcts:9": (4, 1, 0.6)}
+    for name in ("beam", "beam:3", "beam:0,5", "beam:a,b", "3,5", "greed", "greedy:2", "majority", "mcts:0", "best:1,2", "hope:3"):
         with pytest.raises(InputError, match="unknown strategy"):
             plan(name)
 

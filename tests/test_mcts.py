@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from data import Question, extract_answer, read_trees, write_tree
-from mcts import Driver, Node, SearchConfig, backup, expand, grader, mcts, puct, search_trees, select, to_tree
+from data import Question, StepTokenizer, extract_answer, read_trees, to_tree, write_tree
+from mcts import Driver, Node, SearchConfig, backup, expand, grader, mcts, puct, search_trees, select
 
-CONFIG = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, row_slots=700)
+CONFIG = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, cache_tokens=3000)
 
 
 def child_of(parent, prior=0.5, ending=None, **state):
@@ -147,21 +147,28 @@ def test_steps_end_where_they_should(model, tokenizer):
             assert (node.reward is None) == (node.ending is None)
 
 
-def test_greedy_is_argmax_decoding(model, tokenizer):
+@pytest.mark.parametrize("through", [1, 3])
+def test_greedy_is_argmax_decoding(model, tokenizer, through):
     """Catches a temperature of zero that samples, and a driver that changes tokens between steps."""
-    from eval import one_path
-    driver = Driver(model, tokenizer, 2, 1, 0.0, 6, 200)
-    for question, root, node in driver.run(QUESTIONS, lambda question, root: one_path(root, 3)):
+    driver = Driver(model, tokenizer, QUESTIONS, 2, 1, 0.0, SearchConfig(max_step_tokens=6, cache_tokens=400, max_depth=3), through=through)
+
+    def one_path(root):
+        node = root
+        while not node.ending and node.depth < 3:
+            node, = yield [node]
+        return node
+    for question, root, node in driver.run(lambda question, root: one_path(root), "greedy"):
         tokens = list(root.tokens)
         while len(tokens) < len(root.tokens) + sum(len(step.tokens) for step in node.path()):
             with torch.no_grad():
                 tokens.append(model(torch.tensor([tokens]))[0][0, -1].argmax().item())
         assert tokens == root.tokens + [token for step in node.path() for token in step.tokens]
+        assert node.ending or node.depth == 3
 
 
 def test_a_full_row_ends_its_search_alone(model, tokenizer):
     """Catches a row that writes over its neighbours' or its own slots when it has no room, and a silent stop."""
-    small = SearchConfig(simulations=50, expand_width=3, max_depth=20, max_step_tokens=6, search_rows=2, row_slots=64)
+    small = SearchConfig(simulations=50, expand_width=3, max_depth=20, max_step_tokens=6, search_rows=2, cache_tokens=330)
     trees = list(search_trees(model, tokenizer, QUESTIONS, small))
     assert len(trees) == len(QUESTIONS) and any(tree.stopped == "slots" for tree in trees)
     for tree in trees:
@@ -172,7 +179,6 @@ def test_line_breaks_inside_tokens_end_steps():
     """Catches byte-pair tokens that swallow the line break, and steps made of blank lines only."""
     from tokenizers import Tokenizer, decoders, models
     from conftest import redraw, tiny_config
-    from data import StepTokenizer
     from model import Llama
     words = ["<eos>", "a", "b.\n", "\n", "\n\n", "\nc", " "]
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
@@ -197,7 +203,7 @@ def test_a_padded_vocabulary(tokenizer):
     """Catches sampled ids that the tokenizer does not have, and log-probabilities that disagree with training's."""
     from conftest import redraw, tiny_config
     from model import Llama
-    from train import forward_pack
+    from eval import forward_pack
     from svpo import pack, step_logp
     model = redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size() + 9)), std=0.1).eval()
     trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
@@ -214,13 +220,60 @@ def test_no_step_outgrows_the_context(tokenizer):
     from model import Llama
     model = redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size(), max_position_embeddings=28)), std=0.1).eval()
     trees = list(search_trees(model, tokenizer, QUESTIONS, SearchConfig(
-        simulations=30, expand_width=3, max_depth=50, max_step_tokens=8, search_rows=3, row_slots=2000)))
+        simulations=30, expand_width=3, max_depth=50, max_step_tokens=8, search_rows=3, cache_tokens=6000)))
     depth, deep = {}, 0
     for tree in trees:
         for index, node in enumerate(tree.nodes):
             depth[tree.id, index] = depth.get((tree.id, node.parent), 0) + len(node.tokens)
             deep += node.ending == "deep"
     assert max(depth.values()) <= 28 and deep
+
+
+def unique_tokens(trees) -> int:
+    """Tokens of all trees, what all prompts begin with counted once."""
+    prompts = [tree.nodes[0].tokens for tree in trees]
+    shared = 0
+    while all(len(prompt) > shared + 1 and prompt[shared] == prompts[0][shared] for prompt in prompts):
+        shared += 1
+    return sum(len(node.tokens) for tree in trees for node in tree.nodes) - shared * (len(trees) - 1)
+
+
+def test_nothing_is_fed_twice(model, tokenizer, monkeypatch):
+    """Catches prefixes that are fed again, lanes that idle at the model's cost, and a few-shot prompt fed for each question."""
+    import mcts as module
+    drivers = []
+
+    class Kept(Driver):
+        def __init__(self, *words, **more):
+            super().__init__(*words, **more)
+            drivers.append(self)
+    monkeypatch.setattr(module, "Driver", Kept)
+    few_shot = StepTokenizer(tokenizer.tokenizer, [0], "1+1\n1+1=2 #### 2\n{question}\n")
+    for words in (tokenizer, few_shot):
+        config = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, cache_tokens=3000)
+        trees = list(search_trees(model, words, QUESTIONS, config))
+        merged = drivers[-1].sampled_tokens - sum(len(node.tokens) for tree in trees for node in tree.nodes[1:])
+        assert merged >= 0 and drivers[-1].fed_tokens == unique_tokens(trees) + merged
+
+
+def test_samples_do_not_depend_on_the_neighbours(model, tokenizer):
+    """Catches trees that change with the number of rows or with the questions searched beside them."""
+    alone = {tree.id: tree for tree in search_trees(model, tokenizer, QUESTIONS, CONFIG)}
+    others = SearchConfig(**{**vars(CONFIG), "search_rows": 2, "cache_tokens": 5000})
+    for tree in search_trees(model, tokenizer, QUESTIONS[::-2], others):
+        assert [node.tokens for node in tree.nodes] == [node.tokens for node in alone[tree.id].nodes]
+
+
+def test_sampling_follows_the_distribution(model, tokenizer):
+    """Catches a wrong inverse of the cumulative distribution, and a temperature that also tempers what is recorded."""
+    driver = Driver(model, tokenizer, [], 1, 1, 0.5, CONFIG)
+    logits_V = torch.linspace(-1, 1, len(tokenizer.is_eos_V) + 2)
+    uniform_X = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    token_X, logp_X = driver.draw(logits_V.expand(4000, -1), uniform_X)
+    wanted_V = (logits_V[:-2] / 0.5).softmax(-1)
+    counted_V = torch.bincount(torch.from_numpy(token_X), minlength=len(wanted_V)) / 4000
+    torch.testing.assert_close(counted_V, wanted_V, atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(logp_X), logits_V.log_softmax(-1)[token_X], atol=1e-5, rtol=0)
 
 
 def test_trees_survive_their_file(tmp_path, model, tokenizer):

@@ -74,7 +74,7 @@ def test_step_logp_sums():
 def searched(model, tokenizer):
     """Real search trees with ragged prompts; Q redrawn so that there are pairs, terminals and several depths."""
     trees = list(search_trees(model, tokenizer, QUESTIONS, SearchConfig(
-        simulations=6, expand_width=3, max_depth=3, max_step_tokens=5, search_rows=3, row_slots=400)))
+        simulations=6, expand_width=3, max_depth=3, max_step_tokens=5, search_rows=3, cache_tokens=1500)))
     rng = torch.Generator().manual_seed(0)
     for tree in trees:
         for item in tree.nodes[1:]:
@@ -124,7 +124,7 @@ def reference_loss(policy_E, value_E, trees, config):
 @pytest.mark.parametrize("row_tokens", [0, 300])
 def test_packed_trees_equal_separate_paths(model, tokenizer, row_tokens):
     """Catches every fault of mask, positions, packing or gathering: log-probabilities, values, loss and gradients to 1e-5."""
-    from train import forward_pack
+    from eval import forward_pack
     trees = searched(model, tokenizer)
     config = LossConfig(pairs="all", min_gap=0.2)
     assert sum(len(sibling_pairs(tree, "all", 0.2)) for tree in trees) > 10
@@ -144,7 +144,7 @@ def test_packed_trees_equal_separate_paths(model, tokenizer, row_tokens):
 
 def test_a_forest_without_pairs_still_trains(model, tokenizer):
     """Catches a division by zero where every solution is right, or every one wrong."""
-    from train import forward_pack
+    from eval import forward_pack
     trees = searched(model, tokenizer)[:2]
     for tree in trees:
         for item in tree.nodes:
@@ -158,7 +158,7 @@ def test_a_forest_without_pairs_still_trains(model, tokenizer):
 
 def test_a_preference_step_moves_the_right_way(model, tokenizer):
     """Catches losses whose gradient lowers winners or raises losers: policy and value after a few steps."""
-    from train import forward_pack
+    from eval import forward_pack
     trees = searched(model, tokenizer)
     packed = pack(trees)
     config = LossConfig(policy_weight=1.0, sft_weight=0.0, min_gap=0.2)
@@ -178,7 +178,7 @@ def test_a_preference_step_moves_the_right_way(model, tokenizer):
 
 def test_a_pack_without_steps(model):
     """Catches float index tensors and a mean over nothing where no tree has a sampled token."""
-    from train import forward_pack
+    from eval import forward_pack
     trees = [Tree("t", "?", "1", [node(-1, 0, 0, tokens=(1, 2))])]
     packed = pack(trees)
     logp_M, value_E = forward_pack(model, packed)

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT
 from data import read_trees, split_of
 from model import load_model
-from train import revalue, schedule
+from eval import rescore
+from train import schedule
 
 SMALL = ["--sft-questions", "200", "--search-questions", "12", "--valid-questions", "6", "--test-limit", "10", "--rounds", "2",
          "--sft-steps", "40", "--sft-batch", "16", "--simulations", "4", "--tune-batch", "4"]
@@ -85,14 +86,14 @@ def test_search_and_answering_alone(run):
     model = "runs/arithmetic-seed0/round2"
     for total in (5, 8):
         done = command(ROOT / "mcts.py", "--model", model, "--data", "arithmetic:search", "--out", "trees.jsonl", "--limit", total,
-                       "--max-step-tokens", "16", "--row-slots", "512", cwd=folder)
+                       "--max-step-tokens", "16", "--cache-tokens", "20000", cwd=folder)
         assert done.returncode == 0, done.stderr
         assert len({tree.id for tree in read_trees(folder / "trees.jsonl")}) == len(read_trees(folder / "trees.jsonl")) == total
-    done = command(ROOT / "eval.py", "--model", model, "--data", "arithmetic", "--limit", "8", "--sibling-limit", "4", "--strategy",
+    done = command(ROOT / "eval.py", "--model", model, "--data", "arithmetic", "--limit", "8", "--sibling-data", "arithmetic:valid", "--sibling-limit", "4", "--strategy",
                    "greedy", "beam:2,2", "--json", "out.json", "--max-step-tokens", "16", cwd=folder)
     assert done.returncode == 0, done.stderr
     row = json.loads((folder / "out.json").read_text())
-    assert [answer["questions"] for answer in row["answers"]] == [8, 8] and "siblings" in row and "SBS(2,2)" in done.stdout
+    assert [answer["questions"] for answer in row["answers"]] == [8, 8] and "siblings" in row and "beam:2,2" in done.stdout and "AUC" in done.stdout
 
 
 def test_real_questions_through_a_checkpoint(tmp_path, model_folder):
@@ -101,7 +102,7 @@ def test_real_questions_through_a_checkpoint(tmp_path, model_folder):
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "prompt.txt").write_text("1+1\n1+1=2 #### 2\n{question}\n")
     words = [ROOT / "train.py", "--model", model_folder, "--data", "sums.jsonl", "--prompt", "prompt.txt", "--limit", "10",
-             "--simulations", "3", "--max-step-tokens", "8", "--max-depth", "3", "--row-slots", "200", "--out", "out"]
+             "--simulations", "3", "--max-step-tokens", "8", "--max-depth", "3", "--cache-tokens", "8000", "--out", "out"]
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "held out" in done.stdout and len(read_trees(tmp_path / "out" / "round1" / "trees-0.jsonl")) == 8
@@ -167,7 +168,7 @@ def test_bad_input_to_search_and_answering(tmp_path, model_folder):
 def test_one_tree_file_holds_one_search(tmp_path, model_folder):
     """Catches trees of two models or settings in one file."""
     (tmp_path / "good.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
-    words = [ROOT / "mcts.py", "--model", model_folder, "--data", "good.jsonl", "--out", "trees.jsonl", "--row-slots", "200",
+    words = [ROOT / "mcts.py", "--model", model_folder, "--data", "good.jsonl", "--out", "trees.jsonl", "--cache-tokens", "8000",
              "--simulations", "2", "--max-step-tokens", "8"]
     assert command(*words, cwd=tmp_path).returncode == 0
     other = command(*words, "--c-puct", "2", cwd=tmp_path)
@@ -182,14 +183,15 @@ def test_learning_rate_schedule():
     assert schedule(0, 1, 0.03) == 1
 
 
-def test_revalue_replaces_values_only(model, tokenizer):
+def test_rescore_replaces_scores_only(model, tokenizer):
     """Catches values booked on other nodes, and pairs that change with the model that judges them."""
     from mcts import search_trees
     from test_mcts import CONFIG, QUESTIONS
     trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
-    blank = [dataclasses.replace(tree, nodes=[dataclasses.replace(node, value=9.0) for node in tree.nodes]) for tree in trees]
-    for tree, again in zip(trees, revalue(model, blank)):
+    blank = [dataclasses.replace(tree, nodes=[dataclasses.replace(node, value=9.0, logp=9.0) for node in tree.nodes]) for tree in trees]
+    for tree, again in zip(trees, rescore(model, blank)):
         assert [node.value for node in again.nodes] == pytest.approx([node.value for node in tree.nodes], abs=1e-3)
+        assert [node.logp for node in again.nodes] == pytest.approx([node.logp for node in tree.nodes], abs=1e-3)
         assert [node.q_value for node in again.nodes] == [node.q_value for node in tree.nodes]
 
 

@@ -1,0 +1,280 @@
+"""Speed and memory of search and sampling against `transformers` generate, on the same weights, questions and token counts.
+
+    python bench.py search --model FOLDER --data questions.jsonl --prompt prompts/word_problems.txt
+    python bench.py growth --model ...     cost against simulations, live questions and prompt length
+    python bench.py profile --model ...    share of a tick in matrix products, attention, other kernels and Python
+
+The peer is the same MCTS (mcts.mcts) whose expansions call `generate` for all live questions in lock-step: the prefix is
+sent again, num_return_sequences children share the call, its own KV cache serves within it, each sequence stops at its
+line break. Its leaf values come free from the prompt pass. Each measurement is a process of its own; the two sides
+alternate, and medians are printed. Needs the packages of tests/requirements.txt.
+"""
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data import Question, SourceConfig, StepTokenizer, extract_answer, parse_args, run_command
+from eval import majority, samples
+from mcts import Driver, Node, SearchConfig, grader, mcts
+from model import Llama, find_folder, load_source
+from svpo import InputError, flag
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure."""
+    live: int = flag(8, "questions searched at once", least=1)
+    questions: int = flag(16, "questions in all", least=1)
+    sample_tokens: int = flag(128, "tokens sampled of each of 32 questions in the sampling comparison", least=1)
+    alternations: int = flag(3, "measurements of each side", least=1)
+    side: str = flag("", "one measurement in this process: ours, peer, sample-ours, sample-peer")
+
+
+# --------------------------------------------------------------------------------------------- one measurement
+
+def setting(source: SourceConfig, count: int):
+    """Model, tokenizer and `count` questions; they repeat where the file has too few."""
+    model, tokenizer, found = load_source(source)
+    return model, tokenizer, [replace(found[index % len(found)], id=str(index)) for index in range(count)]
+
+
+def report(begin: float, nodes: int, tokens: int, **more) -> dict:
+    return {"seconds": time.perf_counter() - begin, "nodes": nodes, "sampled_tokens": tokens,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **more}
+
+
+def search_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
+    model, tokenizer, questions = setting(source, config.questions)
+    begin = time.perf_counter()
+    driver = Driver(model, tokenizer, questions, min(config.live, len(questions)), search.expand_width, search.search_temperature, search, source.seed)
+    simulations = sum(end[0] for _, _, end in driver.run(lambda question, root: mcts(
+        root, search, grader(question), random.Random(question.id)), "ours"))
+    return report(begin, driver.steps, driver.sampled_tokens, fed_tokens=driver.fed_tokens, simulations=simulations)
+
+
+class Peer:
+    """Lock-step batches of `generate` over the live questions."""
+    def __init__(self, source: SourceConfig, model: Llama, tokenizer: StepTokenizer, config: BenchConfig):
+        from transformers import AutoModelForCausalLM
+        self.head = model.value_head
+        model.model = None  # its memory is not the peer's
+        self.model = AutoModelForCausalLM.from_pretrained(find_folder(source.model), dtype=torch.float32).to(source.device).eval()
+        self.tokenizer, self.config = tokenizer, config
+        self.model.model.norm.register_forward_hook(self.keep_hidden)
+        self.sampled_tokens = self.nodes = 0
+
+    def keep_hidden(self, module, inputs, hidden_BTD):
+        if hidden_BTD.shape[1] > 1:  # the prompt pass: every value costs it nothing
+            self.prompt_value = torch.tanh(self.head(hidden_BTD[:, -1]).squeeze(-1)).tolist()
+
+    def generate(self, prefixes: list[list[int]], copies: int, new_tokens: int, temperature: float, steps: bool):
+        """New tokens of each copy and their log-probabilities; with `steps` each ends at its line break."""
+        tables = [table.to(self.model.device) for table in (self.tokenizer.is_eos_V, self.tokenizer.breaks_line_V,
+                                                            self.tokenizer.has_text_V, self.tokenizer.text_before_break_V)]
+        longest, has_text, logp, last = max(map(len, prefixes)), None, [], None
+        ids = torch.tensor([[0] * (longest - len(prefix)) + prefix for prefix in prefixes], device=self.model.device)
+        attention = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes], device=self.model.device)
+
+        def keep_logits(input_ids, scores):  # log-probabilities at the price of one logsumexp, not of all logits kept
+            nonlocal last
+            if last is not None:
+                logp.append(last[0].gather(1, input_ids[:, -1:])[:, 0] - last[1])
+            last = scores, scores.logsumexp(dim=-1)
+            return scores
+
+        def step_ends(input_ids, scores, **more):
+            nonlocal has_text
+            eos, breaks, text, before = (table[input_ids[:, -1]] for table in tables)
+            has_text = text.new_zeros(text.shape) if has_text is None else has_text
+            done = eos | breaks & (has_text | before)
+            has_text = has_text | text
+            return done
+        out = self.model.generate(
+            input_ids=ids, attention_mask=attention, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+            num_return_sequences=copies, max_new_tokens=new_tokens, min_new_tokens=None if steps else new_tokens, pad_token_id=0,
+            eos_token_id=None, logits_processor=[keep_logits], stopping_criteria=[step_ends] if steps else None)
+        logp.append(last[0].gather(1, out[:, -1:])[:, 0] - last[1])
+        return out[:, longest:].tolist(), torch.stack(logp, dim=1).tolist()
+
+    def search(self, questions: list[Question], search: SearchConfig):
+        """The same generators, fed in lock-step."""
+        waiting, live, simulations = list(questions)[::-1], [], 0
+        while waiting or live:
+            while waiting and len(live) < self.config.live:
+                question = waiting.pop()
+                root = Node(tokens=self.tokenizer.encode_prompt(question))
+                generator = mcts(root, search, grader(question), random.Random(question.id))
+                live.append((generator, next(generator)))
+            leaves = [wanted[0] for _, wanted in live]
+            prefixes = [sum((node.tokens for node in leaf.path()), self.root_of(leaf).tokens) for leaf in leaves]
+            texts, logps = self.generate(prefixes, search.expand_width, search.max_step_tokens, search.search_temperature, True)
+            for index, leaf in enumerate(leaves):
+                leaf.value = self.prompt_value[index * search.expand_width]
+            following = []
+            for index, (generator, wanted) in enumerate(live):
+                rows = slice(index * search.expand_width, (index + 1) * search.expand_width)
+                children = [self.child(wanted[0], *pair, search) for pair in zip(texts[rows], logps[rows])]
+                try:
+                    following.append((generator, generator.send(children)))
+                except StopIteration as end:
+                    simulations += end.value[0]
+            live = following
+        return simulations
+
+    @staticmethod
+    def root_of(node: Node) -> Node:
+        while node.parent:
+            node = node.parent
+        return node
+
+    def child(self, parent: Node, tokens: list[int], logp: list[float], search: SearchConfig) -> Node:
+        """A node of the tokens up to the step's end."""
+        seen, count, eos = False, len(tokens), False
+        for index, token in enumerate(tokens):
+            eos = bool(self.tokenizer.is_eos_V[token])
+            if eos or self.tokenizer.breaks_line_V[token] and (seen or self.tokenizer.text_before_break_V[token]):
+                count = index + 1
+                break
+            seen |= bool(self.tokenizer.has_text_V[token])
+        else:
+            eos = None
+        node = Node(parent, tokens[:count], sum(logp[:count]), text=self.tokenizer.tokenizer.decode(tokens[:count]))
+        node.ending = "cut" if eos is None else "answer" if extract_answer(node.text) else "eos" if eos else None
+        self.sampled_tokens += count
+        self.nodes += 1
+        return node
+
+
+def search_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
+    model, tokenizer, questions = setting(source, config.questions)
+    peer = Peer(source, model, tokenizer, config)
+    torch.manual_seed(source.seed)
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        simulations = peer.search(questions, search)
+    return report(begin, peer.nodes, peer.sampled_tokens, simulations=simulations)
+
+
+def sample_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
+    """32 questions, one sample of exactly `sample_tokens` tokens each."""
+    model, tokenizer, questions = setting(source, 32)
+    for table in (tokenizer.is_eos_V, tokenizer.breaks_line_V):
+        table[:] = False
+    begin = time.perf_counter()
+    whole = replace(search, max_step_tokens=config.sample_tokens, max_depth=1, cache_tokens=32 * 2048)
+    driver = Driver(model, tokenizer, questions, 32, 1, search.search_temperature, whole, source.seed)
+    list(driver.run(lambda question, root: samples(root, 1, majority), "ours"))
+    return report(begin, driver.steps, driver.sampled_tokens)
+
+
+def sample_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
+    model, tokenizer, questions = setting(source, 32)
+    peer = Peer(source, model, tokenizer, config)
+    torch.manual_seed(source.seed)
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        texts, _ = peer.generate([tokenizer.encode_prompt(question) for question in questions], 1, config.sample_tokens,
+                                 search.search_temperature, False)
+    return report(begin, len(texts), sum(map(len, texts)))
+
+
+SIDES = {"ours": search_ours, "peer": search_peer, "sample-ours": sample_ours, "sample-peer": sample_peer}
+
+
+# --------------------------------------------------------------------------------------------- tables
+
+def measure(stages: tuple, side: str, **changes) -> dict:
+    """One measurement in a process of its own."""
+    values = {name: value for stage in stages for name, value in asdict(stage).items()} | changes | {"side": side}
+    words = []
+    for name, value in values.items():
+        flagged = "--" + name.replace("_", "-")
+        words += [flagged if value else f"--no-{name.replace('_', '-')}"] if isinstance(value, bool) else [flagged, str(value)]
+    done = subprocess.run([sys.executable, __file__, "search", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"the measurement of {side} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {**found, "nodes_s": found["nodes"] / found["seconds"], "tokens_s": found["sampled_tokens"] / found["seconds"]}
+
+
+def compare(stages: tuple, alternations: int, title: str, ours: str, peer: str):
+    """Alternate the two sides; print the medians and their ratio."""
+    rows = {ours: [], peer: []}
+    for _ in range(alternations):
+        for side in rows:
+            rows[side].append(measure(stages, side))
+    print(f"\n{title}, medians of {alternations}\n{'':14}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}{'peak MB':>9}")
+    median = {side: {key: statistics.median(row[key] for row in found) for key in found[0]} for side, found in rows.items()}
+    for side, row in median.items():
+        print(f"{side:14}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}{row['nodes']:8.0f}{row['sampled_tokens']:9.0f}{row['peak_mb']:9.0f}")
+    print(f"{'ratio':14}" + "".join(f"{median[ours][key] / median[peer][key]:10.2f}" for key in ("nodes_s", "tokens_s")), flush=True)
+    if "fed_tokens" in median[ours]:
+        print("fed tokens, all prompts included, a sampled token: "
+              f"{median[ours]['fed_tokens'] / median[ours]['sampled_tokens']:.3f}", flush=True)
+
+
+def growth(stages: tuple, live: int):
+    """Our cost against simulations, live questions and prompt length."""
+    def line(name, value, row):
+        print(f"{name:>14} {value:>5}: {row['seconds']:8.1f} s, {row['nodes_s']:8.2f} nodes/s, {row['tokens_s']:8.1f} tokens/s, "
+              f"{row['seconds'] / row['simulations']:.3f} s a simulation, {row['peak_mb']:.0f} MB", flush=True)
+    for count in (8, 16, 32, 64):
+        line("simulations", count, measure(stages, "ours", simulations=count, questions=live, cache_tokens=live * 16384))
+    for count in (1, 2, 4, 8, 16, 32, 64, 128):
+        line("live questions", count, measure(stages, "ours", simulations=4, live=count, questions=count, cache_tokens=count * 4096))
+    for count in (64, 128, 256, 512, 1024):
+        path = Path(f"prompt-{count}.tmp")
+        path.write_text(" and so on" * (count // 3) + "\n{question}\n")
+        try:
+            line("prompt tokens", count, measure(stages, "ours", simulations=8, prompt=str(path), questions=live))
+        finally:
+            path.unlink()
+
+
+def profile(stages: tuple):
+    """Where a search's time goes, from the profiler of PyTorch."""
+    from torch.profiler import ProfilerActivity, profile as profiler
+    with profiler(activities=[ProfilerActivity.CPU]) as found:
+        seconds = search_ours(*stages)["seconds"]
+    kinds = {"matrix products": 0.0, "attention": 0.0, "other kernels": 0.0}
+    for event in found.key_averages():
+        if event.key.startswith("aten::"):
+            kind = "matrix products" if event.key in ("aten::mm", "aten::addmm", "aten::bmm") else (
+                "attention" if "scaled_dot_product" in event.key else "other kernels")
+            kinds[kind] += event.self_cpu_time_total / 1e6
+    kinds["Python and the rest"] = seconds - sum(kinds.values())
+    print(f"{seconds:.1f} s of search: " + ", ".join(f"{kind} {100 * spent / seconds:.1f} %" for kind, spent in kinds.items()))
+
+
+def main():
+    command, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if command in ("", "-h", "--help"):
+        words = ["--help"]
+    elif command not in ("search", "growth", "profile"):
+        raise InputError(f"bench.py {command}: there are search, growth and profile")
+    stages = parse_args(__doc__, (SourceConfig, BenchConfig, SearchConfig), words, ("model", "data"))
+    _, config, search = stages
+    if config.side and config.side not in SIDES:
+        raise InputError(f"--side {config.side}: there are {', '.join(SIDES)}")
+    if config.side:
+        print(json.dumps(SIDES[config.side](*stages)))
+    elif command == "search":
+        compare(stages, config.alternations, f"MCTS, {config.questions} questions, {config.live} at once, "
+                f"{search.simulations} simulations of {search.expand_width}", "ours", "peer")
+        compare(stages, config.alternations, f"sampling, 32 questions, {config.sample_tokens} tokens each", "sample-ours", "sample-peer")
+    elif command == "growth":
+        growth(stages, config.live)
+    else:
+        profile(stages)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,91 @@
+"""Search from the outside: ranks, interruptions, answering with every strategy, and the benchmark in a tiny mode."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from data import read_trees
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def work(tmp_path, model_folder):
+    """A folder with questions, a prompt and a small model; words that name them."""
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"question": f"{a}+{b}*{a}-3", "answer": "2"}) + "\n"
+                                                 for a in range(7) for b in range(6)))
+    (tmp_path / "prompt.txt").write_text("1+1\n1+1=2 #### 2\n{question}\n")
+    return tmp_path, ["--model", model_folder, "--data", "sums.jsonl", "--prompt", "prompt.txt", "--max-step-tokens", "8",
+                      "--max-depth", "4", "--simulations", "40", "--search-rows", "4", "--cache-tokens", "12000"]
+
+
+def start(*words, cwd):
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def finish(process) -> str:
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return out
+
+
+def whole_lines(folder) -> list:
+    return [line for path in folder.glob("trees*.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def test_an_interrupted_search_ends_with_one_tree_a_question(work):
+    """Catches trees that are lost, torn or doubled when search is killed, and shares that overlap when the rank count changes."""
+    folder, words = work
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for stop, launch in ((signal.SIGKILL, []), (signal.SIGINT, []), (signal.SIGKILL, torchrun)):
+        before = len(whole_lines(folder))
+        process = start(*launch, ROOT / "mcts.py", *words, "--out", "trees.jsonl", cwd=folder)
+        while len(whole_lines(folder)) < before + 3 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(stop)
+        process.communicate(timeout=30)
+        if stop == signal.SIGINT:
+            assert process.returncode == 130
+    time.sleep(1)  # torchrun's children end with it
+    with open(folder / "trees.jsonl", "a") as file:
+        file.write('{"id": "torn')
+    printed = finish(start(*torchrun, ROOT / "mcts.py", *words, "--out", "trees.jsonl", cwd=folder))
+    assert "torn" in printed
+    trees = [tree for path in folder.glob("trees*.jsonl") for tree in read_trees(path)]
+    assert len(trees) == len({tree.id for tree in trees}) == 42
+    finish(start(ROOT / "mcts.py", *words, "--out", "once.jsonl", cwd=folder))
+    once = {tree.id: tree for tree in read_trees(folder / "once.jsonl")}
+    same = sum([node.tokens for node in tree.nodes] == [node.tokens for node in once[tree.id].nodes] for tree in trees)
+    assert same >= 40  # the samples are those of an uninterrupted search, but for rounding
+
+
+def test_every_strategy_answers(work):
+    """Catches strategies that only run alone, a table without costs, and a diagnosis without trees or a reference."""
+    folder, words = work
+    strategies = ["greedy", "sampled", "majority:3", "best:3", "beam:2,2", "mcts:3"]
+    finish(start(ROOT / "mcts.py", *words, "--limit", "8", "--out", "trees.jsonl", cwd=folder))
+    printed = finish(start(ROOT / "eval.py", *words, "--limit", "6", "--strategy", *strategies, "--trees", "trees.jsonl", "--json",
+                           "out.json", cwd=folder))
+    found = json.loads((folder / "out.json").read_text())
+    assert [row["strategy"] for row in found["answers"]] == strategies and all(name in printed for name in strategies)
+    cost = {row["strategy"]: row["sampled_tokens"] for row in found["answers"]}
+    assert cost["majority:3"] > cost["greedy"] > 0 and "AUC" in printed and found["diagnosis"]["calibration"]
+
+
+def test_benchmark_in_tiny_mode(work):
+    """Catches a benchmark whose two sides do not do the same work."""
+    folder, words = work
+    words = [*words, "--simulations", "4", "--questions", "3", "--live", "2", "--alternations", "1", "--sample-tokens", "4"]
+    for side in ("ours", "peer", "sample-ours", "sample-peer"):
+        found = json.loads(finish(start(ROOT / "bench.py", "search", *words, "--side", side, cwd=folder)).splitlines()[-1])
+        if side in ("ours", "peer"):
+            assert 3 <= found["simulations"] <= 12 and found["nodes"] == 4 * found["simulations"]
+        else:
+            assert found["sampled_tokens"] == 32 * 4
+    assert "matrix products" in finish(start(ROOT / "bench.py", "profile", *words, cwd=folder))
