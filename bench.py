@@ -1,27 +1,34 @@
 """Speed and memory of search and sampling against `transformers` generate, on the same weights, questions and token counts.
 
     python bench.py search --model FOLDER --data questions.jsonl --prompt prompts/word_problems.txt
+    python bench.py ranks --model ...      two ranks against one, one thread each
     python bench.py growth --model ...     cost against simulations, live questions and prompt length
     python bench.py profile --model ...    share of a tick in matrix products, attention, other kernels and Python
 
-The peer is the same MCTS (mcts.mcts) whose expansions call `generate` for all live questions in lock-step: the prefix is
-sent again, num_return_sequences children share the call, its own KV cache serves within it, each sequence stops at its
-line break. Its leaf values come free from the prompt pass. Each measurement is a process of its own; the two sides
-alternate, and medians are printed. Needs the packages of tests/requirements.txt.
+The peer is the same MCTS (mcts.mcts) whose expansions call `generate` for all live questions in lock-step: each child's
+prefix is fed again (num_return_sequences copies the prompt before the first pass), its own KV cache serves within the
+call, each sequence stops at its line break, and its leaf values come free from the prompt pass. Budgets are equal;
+the random numbers, and with them the trees, differ. Sampling: one solution of exactly as many tokens for each of 32
+questions; we feed the prompt that they share once, the peer 32 times. Each measurement is a process of its own; the two
+sides alternate, and medians are printed. Needs the packages of tests/requirements.txt.
 """
+import contextlib
 import json
+import math
+import os
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, parse_args, run_command
+from data import Question, SourceConfig, StepTokenizer, extract_answer, parse_args, read_trees, run_command
 from eval import majority, samples
 from mcts import Driver, Node, SearchConfig, grader, mcts
 from model import Llama, find_folder, load_source
@@ -35,29 +42,54 @@ class BenchConfig:
     questions: int = flag(16, "questions in all", least=1)
     sample_tokens: int = flag(128, "tokens sampled of each of 32 questions in the sampling comparison", least=1)
     alternations: int = flag(3, "measurements of each side", least=1)
+    prompt_tokens: int = flag(0, "make each question's prompt at least about this long", least=0)
     side: str = flag("", "one measurement in this process: ours, peer, sample-ours, sample-peer")
 
 
 # --------------------------------------------------------------------------------------------- one measurement
 
-def setting(source: SourceConfig, count: int):
-    """Model, tokenizer and `count` questions; they repeat where the file has too few."""
+def setting(source: SourceConfig, config: BenchConfig):
+    """Model, tokenizer and questions: repeated where the file has too few, made longer where that is asked for."""
     model, tokenizer, found = load_source(source)
-    return model, tokenizer, [replace(found[index % len(found)], id=str(index)) for index in range(count)]
+    questions = [replace(found[index % len(found)], id=str(index)) for index in range(config.questions)]
+    for index, question in enumerate(questions):
+        missing = config.prompt_tokens - len(tokenizer.encode_prompt(question))
+        questions[index] = replace(question, text=f"{index} " + "and so on " * (max(0, missing) // 3) + question.text)
+    return model, tokenizer, questions
 
 
-def report(begin: float, nodes: int, tokens: int, **more) -> dict:
-    return {"seconds": time.perf_counter() - begin, "nodes": nodes, "sampled_tokens": tokens,
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **more}
+def reset_peak():
+    """Forget the peak memory of loading (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
 
 
-def search_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
-    model, tokenizer, questions = setting(source, config.questions)
+def report(begin: float, device: str, nodes: int, tokens: int, **more) -> dict:
+    """Figures of a measurement; peak memory of the process since `reset_peak`, or of the CUDA device."""
+    seconds = time.perf_counter() - begin
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        status = Path("/proc/self/status")
+        found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+        peak = int(found[1]) / 1024 if found else math.nan
+    return {"seconds": seconds, "nodes": nodes, "sampled_tokens": tokens, "peak_mb": peak, **more}
+
+
+def search_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig, watch=contextlib.nullcontext()) -> dict:
+    model, tokenizer, questions = setting(source, config)
+    search = replace(search, search_rows=config.live)
+    reset_peak()
     begin = time.perf_counter()
-    driver = Driver(model, tokenizer, questions, min(config.live, len(questions)), search.expand_width, search.search_temperature, search, source.seed)
-    simulations = sum(end[0] for _, _, end in driver.run(lambda question, root: mcts(
-        root, search, grader(question), random.Random(question.id)), "ours"))
-    return report(begin, driver.steps, driver.sampled_tokens, fed_tokens=driver.fed_tokens, simulations=simulations)
+    with watch:
+        driver = Driver(model, tokenizer, questions, config.live, search.expand_width, search.search_temperature, search,
+                        search.simulations, source.seed)
+        simulations = sum(end[0] for _, _, end in driver.run(lambda question, root: mcts(
+            root, search, grader(question), random.Random(question.id)), "ours"))
+    return report(begin, source.device, driver.steps, driver.sampled_tokens, fed_tokens=driver.fed_tokens, simulations=simulations,
+                  prompt_tokens=len(tokenizer.encode_prompt(questions[0])))
 
 
 class Peer:
@@ -67,9 +99,9 @@ class Peer:
         self.head = model.value_head
         model.model = None  # its memory is not the peer's
         self.model = AutoModelForCausalLM.from_pretrained(find_folder(source.model), dtype=torch.float32).to(source.device).eval()
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self.tables_V4 = tokenizer, config, tokenizer.tables_4V.T.tolist()
         self.model.model.norm.register_forward_hook(self.keep_hidden)
-        self.sampled_tokens = self.nodes = 0
+        self.sampled_tokens = self.fed_tokens = self.nodes = 0
 
     def keep_hidden(self, module, inputs, hidden_BTD):
         if hidden_BTD.shape[1] > 1:  # the prompt pass: every value costs it nothing
@@ -77,8 +109,7 @@ class Peer:
 
     def generate(self, prefixes: list[list[int]], copies: int, new_tokens: int, temperature: float, steps: bool):
         """New tokens of each copy and their log-probabilities; with `steps` each ends at its line break."""
-        tables = [table.to(self.model.device) for table in (self.tokenizer.is_eos_V, self.tokenizer.breaks_line_V,
-                                                            self.tokenizer.has_text_V, self.tokenizer.text_before_break_V)]
+        tables = self.tokenizer.tables_4V.to(self.model.device)
         longest, has_text, logp, last = max(map(len, prefixes)), None, [], None
         ids = torch.tensor([[0] * (longest - len(prefix)) + prefix for prefix in prefixes], device=self.model.device)
         attention = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes], device=self.model.device)
@@ -87,12 +118,13 @@ class Peer:
             nonlocal last
             if last is not None:
                 logp.append(last[0].gather(1, input_ids[:, -1:])[:, 0] - last[1])
-            last = scores, scores.logsumexp(dim=-1)
+            last = scores.clone(), scores.logsumexp(dim=-1)
+            scores[:, tables.shape[1]:] = -math.inf  # ids that the tokenizer does not have
             return scores
 
         def step_ends(input_ids, scores, **more):
             nonlocal has_text
-            eos, breaks, text, before = (table[input_ids[:, -1]] for table in tables)
+            eos, breaks, text, before = tables[:, input_ids[:, -1]]
             has_text = text.new_zeros(text.shape) if has_text is None else has_text
             done = eos | breaks & (has_text | before)
             has_text = has_text | text
@@ -102,6 +134,7 @@ class Peer:
             num_return_sequences=copies, max_new_tokens=new_tokens, min_new_tokens=None if steps else new_tokens, pad_token_id=0,
             eos_token_id=None, logits_processor=[keep_logits], stopping_criteria=[step_ends] if steps else None)
         logp.append(last[0].gather(1, out[:, -1:])[:, 0] - last[1])
+        self.fed_tokens += out.shape[0] * (out.shape[1] - 1)  # each copy's prompt is fed, padded to the longest
         return out[:, longest:].tolist(), torch.stack(logp, dim=1).tolist()
 
     def search(self, questions: list[Question], search: SearchConfig):
@@ -139,11 +172,11 @@ class Peer:
         """A node of the tokens up to the step's end."""
         seen, count, eos = False, len(tokens), False
         for index, token in enumerate(tokens):
-            eos = bool(self.tokenizer.is_eos_V[token])
-            if eos or self.tokenizer.breaks_line_V[token] and (seen or self.tokenizer.text_before_break_V[token]):
+            eos, breaks, text, before = self.tables_V4[token]
+            if eos or breaks and (seen or before):
                 count = index + 1
                 break
-            seen |= bool(self.tokenizer.has_text_V[token])
+            seen |= text
         else:
             eos = None
         node = Node(parent, tokens[:count], sum(logp[:count]), text=self.tokenizer.tokenizer.decode(tokens[:count]))
@@ -154,36 +187,38 @@ class Peer:
 
 
 def search_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
-    model, tokenizer, questions = setting(source, config.questions)
+    model, tokenizer, questions = setting(source, config)
     peer = Peer(source, model, tokenizer, config)
     torch.manual_seed(source.seed)
+    reset_peak()
     begin = time.perf_counter()
     with torch.inference_mode():
         simulations = peer.search(questions, search)
-    return report(begin, peer.nodes, peer.sampled_tokens, simulations=simulations)
+    return report(begin, source.device, peer.nodes, peer.sampled_tokens, fed_tokens=peer.fed_tokens, simulations=simulations)
 
 
 def sample_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
     """32 questions, one sample of exactly `sample_tokens` tokens each."""
-    model, tokenizer, questions = setting(source, 32)
-    for table in (tokenizer.is_eos_V, tokenizer.breaks_line_V):
-        table[:] = False
+    model, tokenizer, questions = setting(source, replace(config, questions=32))
+    tokenizer.tables_4V[:2] = False  # nothing ends early
+    reset_peak()
     begin = time.perf_counter()
-    whole = replace(search, max_step_tokens=config.sample_tokens, max_depth=1, cache_tokens=32 * 2048)
-    driver = Driver(model, tokenizer, questions, 32, 1, search.search_temperature, whole, source.seed)
+    whole = replace(search, max_step_tokens=config.sample_tokens, max_depth=1, cache_tokens=32 * 4096)
+    driver = Driver(model, tokenizer, questions, 32, 1, search.search_temperature, whole, 1, source.seed)
     list(driver.run(lambda question, root: samples(root, 1, majority), "ours"))
-    return report(begin, driver.steps, driver.sampled_tokens)
+    return report(begin, source.device, driver.steps, driver.sampled_tokens, fed_tokens=driver.fed_tokens)
 
 
 def sample_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
-    model, tokenizer, questions = setting(source, 32)
+    model, tokenizer, questions = setting(source, replace(config, questions=32))
     peer = Peer(source, model, tokenizer, config)
     torch.manual_seed(source.seed)
+    reset_peak()
     begin = time.perf_counter()
     with torch.inference_mode():
         texts, _ = peer.generate([tokenizer.encode_prompt(question) for question in questions], 1, config.sample_tokens,
                                  search.search_temperature, False)
-    return report(begin, len(texts), sum(map(len, texts)))
+    return report(begin, source.device, len(texts), sum(map(len, texts)), fed_tokens=peer.fed_tokens)
 
 
 SIDES = {"ours": search_ours, "peer": search_peer, "sample-ours": sample_ours, "sample-peer": sample_peer}
@@ -191,13 +226,18 @@ SIDES = {"ours": search_ours, "peer": search_peer, "sample-ours": sample_ours, "
 
 # --------------------------------------------------------------------------------------------- tables
 
-def measure(stages: tuple, side: str, **changes) -> dict:
-    """One measurement in a process of its own."""
-    values = {name: value for stage in stages for name, value in asdict(stage).items()} | changes | {"side": side}
+def flags(*stages, **changes) -> list[str]:
+    """The stages' fields as words of a command line."""
     words = []
-    for name, value in values.items():
+    for name, value in ({name: value for stage in stages for name, value in asdict(stage).items()} | changes).items():
         flagged = "--" + name.replace("_", "-")
         words += [flagged if value else f"--no-{name.replace('_', '-')}"] if isinstance(value, bool) else [flagged, str(value)]
+    return words
+
+
+def measure(stages: tuple, side: str, **changes) -> dict:
+    """One measurement in a process of its own."""
+    words = flags(*stages, **changes, side=side)
     done = subprocess.run([sys.executable, __file__, "search", *words], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"the measurement of {side} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -216,9 +256,28 @@ def compare(stages: tuple, alternations: int, title: str, ours: str, peer: str):
     for side, row in median.items():
         print(f"{side:14}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}{row['nodes']:8.0f}{row['sampled_tokens']:9.0f}{row['peak_mb']:9.0f}")
     print(f"{'ratio':14}" + "".join(f"{median[ours][key] / median[peer][key]:10.2f}" for key in ("nodes_s", "tokens_s")), flush=True)
-    if "fed_tokens" in median[ours]:
-        print("fed tokens, all prompts included, a sampled token: "
-              f"{median[ours]['fed_tokens'] / median[ours]['sampled_tokens']:.3f}", flush=True)
+    print("fed tokens, prompts included, a sampled token: " + ", ".join(
+        f"{side} {row['fed_tokens'] / row['sampled_tokens']:.2f}" for side, row in median.items()), flush=True)
+
+
+def ranks(source: SourceConfig, config: BenchConfig, search: SearchConfig):
+    """Alternate mcts.py with one rank and with two, one thread each; loading is not timed."""
+    rates = {1: [], 2: []}
+    for number in range(2 * config.alternations):
+        count = 1 + number % 2
+        with tempfile.TemporaryDirectory() as folder:
+            words = flags(source, search, limit=config.questions, search_rows=config.live, out=f"{folder}/trees.jsonl")
+            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+                                   str(Path(__file__).with_name("mcts.py")), *words],
+                                  capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            seconds = [float(found) for found in re.findall(r"trees in ([\d.]+) s", done.stdout)]
+            if done.returncode or len(seconds) != count:
+                raise InputError(f"{count} ranks failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            trees = [tree for path in Path(folder).glob("trees*.jsonl") for tree in read_trees(path)]
+        rates[count].append(sum(len(tree.nodes) - 1 for tree in trees) / max(seconds))
+    one, two = (statistics.median(rates[count]) for count in (1, 2))
+    print(f"{config.questions} questions: one rank {one:.2f} nodes/s, two ranks {two:.2f} nodes/s, ratio {two / one:.2f} "
+          f"(medians of {config.alternations})")
 
 
 def growth(stages: tuple, live: int):
@@ -230,20 +289,16 @@ def growth(stages: tuple, live: int):
         line("simulations", count, measure(stages, "ours", simulations=count, questions=live, cache_tokens=live * 16384))
     for count in (1, 2, 4, 8, 16, 32, 64, 128):
         line("live questions", count, measure(stages, "ours", simulations=4, live=count, questions=count, cache_tokens=count * 4096))
-    for count in (64, 128, 256, 512, 1024):
-        path = Path(f"prompt-{count}.tmp")
-        path.write_text(" and so on" * (count // 3) + "\n{question}\n")
-        try:
-            line("prompt tokens", count, measure(stages, "ours", simulations=8, prompt=str(path), questions=live))
-        finally:
-            path.unlink()
+    for count in (128, 256, 512, 1024):
+        row = measure(stages, "ours", simulations=8, prompt="", prompt_tokens=count, questions=live)
+        line("prompt tokens", row["prompt_tokens"], row)
 
 
 def profile(stages: tuple):
     """Where a search's time goes, from the profiler of PyTorch."""
     from torch.profiler import ProfilerActivity, profile as profiler
-    with profiler(activities=[ProfilerActivity.CPU]) as found:
-        seconds = search_ours(*stages)["seconds"]
+    found = profiler(activities=[ProfilerActivity.CPU])
+    seconds = search_ours(*stages, watch=found)["seconds"]
     kinds = {"matrix products": 0.0, "attention": 0.0, "other kernels": 0.0}
     for event in found.key_averages():
         if event.key.startswith("aten::"):
@@ -258,8 +313,8 @@ def main():
     command, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("", "-h", "--help"):
         words = ["--help"]
-    elif command not in ("search", "growth", "profile"):
-        raise InputError(f"bench.py {command}: there are search, growth and profile")
+    elif command not in ("search", "ranks", "growth", "profile"):
+        raise InputError(f"bench.py {command}: there are search, ranks, growth and profile")
     stages = parse_args(__doc__, (SourceConfig, BenchConfig, SearchConfig), words, ("model", "data"))
     _, config, search = stages
     if config.side and config.side not in SIDES:
@@ -270,6 +325,8 @@ def main():
         compare(stages, config.alternations, f"MCTS, {config.questions} questions, {config.live} at once, "
                 f"{search.simulations} simulations of {search.expand_width}", "ours", "peer")
         compare(stages, config.alternations, f"sampling, 32 questions, {config.sample_tokens} tokens each", "sample-ours", "sample-peer")
+    elif command == "ranks":
+        ranks(*stages)
     elif command == "growth":
         growth(stages, config.live)
     else:

@@ -5,6 +5,7 @@ svpo.py) are written as JSON lines.
 """
 import argparse
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -36,7 +37,8 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
             shown = " ".join(default) if item.type is tuple else default
             text = item.metadata["help"] + (f" ({shown}" if shown != "" else "")
             text += (f"; built-in task: {built_in})" if built_in != default else ")") if shown != "" else ""
-            kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else {"type": item.type}
+            kind = {"type": item.type, "choices": item.metadata["choices"]}
+            kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else kind
             kind = {"nargs": "+"} if item.type is tuple else kind
             group.add_argument("--" + item.name.replace("_", "-"), required=item.name in required,
                                help=text.replace("%", "%%"), **kind)
@@ -47,9 +49,11 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
         if item.metadata["least"] is not None and not values[name] >= item.metadata["least"]:
             raise InputError(f"--{name.replace('_', '-')} must be at least {item.metadata['least']}, not {values[name]}")
     try:
-        torch.empty(0, device=values["device"])
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(values["device"])
+    except RuntimeError as error:
         raise InputError(f"--device {values['device']}: {str(error).splitlines()[0]}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {values['device']}: this machine has {torch.cuda.device_count()} CUDA devices")
     return tuple(stage(**{item.name: values[item.name] for item in dataclasses.fields(stage)}) for stage in stages)
 
 
@@ -62,14 +66,15 @@ class SourceConfig:
     limit: int = flag(0, "use the first N questions; 0: all (500 built-in ones)", least=0)
     seed: int = flag(0, "seed of sampling")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
 
 
 def run_command(main):
     """Run a command; bad input is one line on stderr and exit status 2, Ctrl-C is status 130."""
     try:
         main()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -96,11 +101,12 @@ def write_json(path: Path, value: dict):
     os.replace(aside, path)
 
 
-def keep_config(path: Path, stages: tuple, free: tuple, **more):
+def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **more):
     """Store the stages' configuration, or check that it equals the stored one but for the `free` fields."""
     config = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
     if not path.exists():
-        write_json(path, {**config, **more})
+        if write:
+            write_json(path, {**config, **more})
         return
     stored = read_json(path)
     different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
@@ -227,8 +233,7 @@ def read_rows(path: Path, limit: int | None = None, content: bytes | None = None
         lines = (path.read_bytes() if content is None else content).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, line in filled[:limit]:
+    for number, line in [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -249,7 +254,6 @@ def read_template(path: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------- answers
-
 ANSWER = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)[ \t]*([^\n]*)")
 NUMBER = re.compile(r"([-+]?)\s*\$?\s*([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:\s*/\s*\d+)?)\s*%?(?:\s+[A-Za-z][A-Za-z .]*)?")
 
@@ -280,7 +284,6 @@ def is_correct(prediction: str | None, answer: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------- tokens
-
 class StepTokenizer:
     """A tokenizer.json with the prompt template, end-of-text, and where steps end.
 
@@ -291,10 +294,9 @@ class StepTokenizer:
             raise InputError("the prompt must contain {question}")
         self.tokenizer, self.eos_ids, self.template = tokenizer, eos_ids, template
         texts = [tokenizer.decode([index], skip_special_tokens=False) for index in range(tokenizer.get_vocab_size())]
-        self.breaks_line_V = torch.tensor(["\n" in text for text in texts])
-        self.has_text_V = torch.tensor([bool(text.strip()) for text in texts])
-        self.text_before_break_V = torch.tensor([bool(text.partition("\n")[0].strip()) for text in texts])
-        self.is_eos_V = torch.tensor([index in eos_ids for index in range(len(texts))])
+        # of each token: ends the text, holds a line break, holds visible text, holds visible text before its line break
+        self.tables_4V = torch.tensor([[index in eos_ids, "\n" in text, bool(text.strip()), bool(text.partition("\n")[0].strip())]
+                                       for index, text in enumerate(texts)]).T.contiguous()
 
     @staticmethod
     def load(folder: str | Path, template: str = "{question}\n") -> "StepTokenizer":
@@ -333,7 +335,6 @@ class StepTokenizer:
         return steps[:-1] + [step + self.eos_ids[:1] for step in steps[-1:]]
 
 # --------------------------------------------------------------------------------------------- trees
-
 def write_tree(file, tree: Tree):
     """Append one tree as one JSON line."""
     file.write(json.dumps(dataclasses.asdict(tree)) + "\n")
@@ -360,18 +361,21 @@ def read_trees(path: str | Path, content: bytes | None = None) -> list[Tree]:
 def resume_trees(path: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
     """The trees of `path` and of every rank's file beside it (stem-RANK.suffix), which may be of another rank count. A torn
     last line is cut off, and said; a file that another rank may be writing is read as far as it is whole."""
-    trees = []
-    for file in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
+    trees = {}
+    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}")):
         match = re.fullmatch(r"(?:-(\d+))?", file.name.removeprefix(path.stem).removesuffix(path.suffix))
-        if not match:
+        if not match or file != path and file.with_name(file.name + ".config").exists():  # that one is a search of its own
             continue
         content = file.read_bytes()
         whole = content.rfind(b"\n") + 1
         if int(match[1] or 0) % ranks == rank and whole < len(content):
             os.truncate(file, whole)
             print(f"{file}: the last line was torn and has been cut off; its question is searched again")
-        trees += read_trees(file, content[:whole])
-    return trees
+        found = read_trees(file, content[:whole])
+        if doubled := sum(tree.id in trees for tree in found):
+            print(f"{file}: {doubled} trees are of questions that have one elsewhere; the first of each counts")
+        trees = {tree.id: tree for tree in found} | trees
+    return list(trees.values())
 
 
 def to_tree(question: Question, root, simulations: int, stopped: str) -> Tree:

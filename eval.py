@@ -27,7 +27,7 @@ from mcts import Driver, Node, SearchConfig, mcts, search_trees
 from model import Llama, load_source, tree_mask
 from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp
 
-BUDGET = ("greedy", *(f"{name}:{count}" for name in ("majority", "best") for count in (1, 2, 4, 8, 16, 32)),
+BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "best") for count in (2, 4, 8, 16, 32)),
           "beam:1,2", "beam:1,3", "beam:1,5", "beam:1,10", "beam:2,5", "beam:3,5", "beam:5,5", "mcts:2", "mcts:4", "mcts:8", "mcts:16")
 
 
@@ -83,9 +83,9 @@ def beam_search(root: Node, beam_width: int, expand_width: int, max_depth: int):
 
 
 def tree_search(root: Node, config: SearchConfig, rng: random.Random):
-    """MCTS with lambda = 0 (AlphaMath section 3.3): terminals too are scored by V, as no answer is known. Then down by Q,
-    towards solutions that state an answer."""
-    yield from mcts(root, config, lambda node: node.value, rng)
+    """MCTS with lambda = 0 (AlphaMath section 3): stated answers are scored by V, as the right one is not known; steps that
+    can never answer by -1 (our choice). Then down by Q, towards solutions that state an answer."""
+    yield from mcts(root, config, lambda node: node.value if node.ending == "answer" else -1.0, rng)
 
     def answers(node):
         return node.ending == "answer" or any(map(answers, node.children))
@@ -100,6 +100,7 @@ class Plan:
     """What the driver needs to know of a strategy."""
     lanes: int  # steps or solutions decoded at once for a question
     paths: int  # partial solutions extended at once
+    expansions: int  # how often, at most
     through: int  # steps that a lane runs through by itself
     temperature: float
     start: Callable  # (question, root) -> generator
@@ -117,14 +118,14 @@ def plan(strategy: str, search: SearchConfig = SearchConfig(), config: AnswerCon
         raise InputError(f"unknown strategy {strategy!r}; there are greedy, sampled, majority:K, best:K, beam:B1,B2 and mcts:N")
     temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
     if name == "beam":
-        return Plan(numbers[0] * numbers[1], numbers[0], 1, temperature,
+        return Plan(numbers[0] * numbers[1], numbers[0], search.max_depth, 1, temperature,
                     lambda question, root: beam_search(root, *numbers, search.max_depth))
     if name == "mcts":
         config = dataclasses.replace(search, simulations=numbers[0], leaf_value=True)
-        return Plan(search.expand_width, 1, 1, temperature,
+        return Plan(search.expand_width, 1, numbers[0], 1, temperature,
                     lambda question, root: tree_search(root, config, random.Random(f"{seed} {question.id}")))
     count, choose = numbers[0] if numbers else 1, best_value if name == "best" else majority
-    return Plan(count, 1, search.max_depth, temperature, lambda question, root: samples(root, count, choose))
+    return Plan(count, 1, 1, search.max_depth, temperature, lambda question, root: samples(root, count, choose))
 
 
 def standard_error(rate: float, count: int) -> float:
@@ -136,8 +137,8 @@ def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Que
                      search: SearchConfig, config: AnswerConfig, seed: int = 0) -> dict:
     """Answer every question once; accuracy with its standard error, and what a question cost."""
     chosen = plan(strategy, search, config, seed)
-    rows = max(1, min(len(questions), config.answer_lanes // chosen.lanes))
-    driver = Driver(model, tokenizer, questions, rows, chosen.lanes, chosen.temperature, search, seed, chosen.paths, chosen.through)
+    driver = Driver(model, tokenizer, questions, max(1, config.answer_lanes // chosen.lanes), chosen.lanes, chosen.temperature,
+                    search, chosen.expansions, seed, chosen.paths, chosen.through, fit=True)
     begin, answers = time.perf_counter(), []
     for question, root, node in driver.run(chosen.start, f"answer {strategy}"):
         text = "".join(step.text for step in node.path()) if node else ""
@@ -204,12 +205,12 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
 def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
     """How well a model judges the steps of searched trees; `judged` are the same trees, rescored with it.
 
-    By depth: pairs a tree, and how often the better sibling scores higher (ties count half) by V, by the implicit reward
-    log pi - log ref, with the policy that grew the trees as reference, and by the mean token log-probability. Over all
-    steps: calibration of (V + 1) / 2 as the chance to end correctly, and the AUC of V, against the outcomes that search
-    found at or below each step.
+    By depth: pairs a tree, and the share of all pairs whose better sibling scores higher by V, by the implicit reward
+    log pi - log ref, with the policy that grew the trees as reference, and by the mean token log-probability; gaps under
+    0.001 are ties and count half. Pooled over the steps of all trees: calibration of (V + 1) / 2 as the chance to end
+    correctly, and the AUC of V, of steps that are not the last and of last ones, against the outcomes that search found.
     """
-    depths, chance, value = {}, [], []
+    depths, chance, value, last = {}, [], [], []
     for tree, scored in zip(trees, judged):
         depth = [0] * len(tree.nodes)
         for index, node in enumerate(tree.nodes[1:], 1):
@@ -218,20 +219,22 @@ def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
             w, l = scored.nodes[win], scored.nodes[lose]
             gaps = (w.value - l.value, (w.logp - tree.nodes[win].logp) - (l.logp - tree.nodes[lose].logp),
                     w.logp / len(w.tokens) - l.logp / len(l.tokens))
-            depths.setdefault(depth[win], []).append([(gap > 0) + 0.5 * (gap == 0) for gap in gaps])
+            depths.setdefault(depth[win], []).append([0.5 if abs(gap) < 1e-3 else float(gap > 0) for gap in gaps])
         for index, (right, wrong) in enumerate(zip(*outcomes_below(tree))):
             if index and right + wrong:
                 chance.append(right / (right + wrong))
                 value.append(scored.nodes[index].value)
-    value, chance = np.array(value), np.array(chance)
+                last.append(tree.nodes[index].reward is not None)
+    value, chance, last = np.array(value), np.array(chance), np.array(last, dtype=bool)
     bins = np.clip(((value + 1) * 5).astype(int), 0, 9)
     calibration = [{"steps": int(inside.sum()), "predicted": float((value[inside].mean() + 1) / 2), "found": float(chance[inside].mean())}
                    for inside in (bins == number for number in range(10)) if inside.any()]
     return {"by_depth": [{"depth": depth, "pairs_a_tree": len(rows) / len(trees),
                           **dict(zip(("value", "implicit_reward", "mean_logp"), np.mean(rows, axis=0).tolist()))}
                          for depth, rows in sorted(depths.items())],
-            "calibration": calibration, "auc": soft_auc(value, chance),
-            "calibration_error": sum(row["steps"] * abs(row["predicted"] - row["found"]) for row in calibration) / max(1, len(value))}
+            "calibration": calibration, "auc_steps": soft_auc(value[~last], chance[~last]), "auc_ends": soft_auc(value[last], chance[last]),
+            "calibration_error": sum(row["steps"] * abs(row["predicted"] - row["found"]) for row in calibration) / len(value)
+            if len(value) else None}
 
 
 def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
@@ -271,8 +274,10 @@ def print_diagnosis(found: dict):
     print(f"\n{'depth':>5}{'pairs a tree':>14}{'value':>8}{'reward':>8}{'mean logp':>11}   share of pairs ranked right")
     for row in found["by_depth"]:
         print(f"{row['depth']:5}{row['pairs_a_tree']:14.2f}{row['value']:8.3f}{row['implicit_reward']:8.3f}{row['mean_logp']:11.3f}")
-    print(f"AUC of V {found['auc'] or math.nan:.3f}, expected calibration error {found['calibration_error']:.3f}; steps, predicted and found "
-          "chance: " + ", ".join(f"{row['steps']} {row['predicted']:.2f} {row['found']:.2f}" for row in found["calibration"]))
+    figures = ["-" if found[key] is None else f"{found[key]:.3f}" for key in ("auc_steps", "auc_ends", "calibration_error")]
+    print("AUC of V {} for steps before the last, {} for last ones; expected calibration error {}".format(*figures))
+    print("V as chance, found chance, steps: " + ", ".join(f"{row['predicted']:.2f} {row['found']:.2f} {row['steps']}"
+                                                           for row in found["calibration"]))
 
 
 def draw_budget(answers: list[dict], path: Path):
@@ -301,7 +306,8 @@ class EvalConfig:
     strategy: tuple = flag(("greedy", "sampled", "beam:1,5", "beam:3,5"), "greedy, sampled, majority:K, best:K, beam:B1,B2, mcts:N")
     budget: bool = flag(False, "answer with every kind of strategy at several sizes instead")
     json: str = flag("", "write the tables and every answer to this file; the curve of --budget beside it, as .png")
-    trees: str = flag("", "judge the steps of these trees; their policy is the reference of the implicit reward")
+    trees: str = flag("", "judge the steps of these trees, whose policy is the reference of the implicit reward; best of questions "
+                          "not trained on, searched with --no-leaf-value")
     sibling_data: str = flag("", "or of trees grown now for these questions, e.g. arithmetic:valid")
     sibling_limit: int = flag(300, "search at most N of them", least=1)
 
@@ -316,8 +322,13 @@ def main():
         raise InputError(f"--json {config.json}: its folder does not exist or cannot be written to")
     trees = read_trees(config.trees) if config.trees else []
     model, tokenizer, questions = load_source(source)
-    row = {"model": source.model, "answers": [
-        answer_questions(model, tokenizer, questions, strategy, search, answering, source.seed) for strategy in strategies]}
+    if max((token for tree in trees for node in tree.nodes for token in node.tokens), default=0) >= model.config.vocab_size:
+        raise InputError(f"--trees {config.trees}: they hold token ids that this model does not have")
+    row = {"model": source.model, "answers": []}
+    for strategy in strategies:
+        row["answers"].append(answer_questions(model, tokenizer, questions, strategy, search, answering, source.seed))
+        if config.json:
+            write_json(Path(config.json), row)
     print(f"\n{source.model} on {len(questions)} questions of {source.data}")
     print_answers(row["answers"])
     if config.sibling_data and not trees:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, keep_config, parse_args, \
-    resume_trees, run_command, to_tree, write_tree
+from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, keep_config, parse_args, resume_trees, \
+    run_command, to_tree, write_tree
 from model import Llama, TreeCache, load_source
 from svpo import InputError, flag
 
@@ -153,48 +153,52 @@ LINE, EOS, CUT = 1, 2, 3  # how a lane's step has ended
 
 
 class Driver:
-    """Runs one generator a question, many questions at once: rows never wait for each other.
+    """Runs one generator a question, many questions at once, each at its own pace.
 
     In each tick every live lane samples the next token of its step and feeds it. A step's first token is sampled from the
     hidden state that its parent's last token left; its last one is fed for its value and hidden state. So each token of a
     tree is fed exactly once. With `through` > 1 a lane goes on to the next step by itself, up to that many: for generators
-    that do not choose between steps. Temperature 0 takes the likeliest token. What a question samples depends on the seed
-    and its id (and on rounding), not on the questions beside it. The bookkeeping is numpy on the host, over lanes
-    X = row * lanes + column; what moves in a tick are token ids, log-probabilities and masks.
+    that do not choose between steps. What a question samples, and when it runs out of room, depends on the seed, its id and
+    the configuration (and on rounding), not on the questions beside it. Lanes are numbered X = row * lanes + column.
+
+    `paths` solutions are extended at once, `expansions` times at most. The slots hold these paths and their new steps, the
+    store keeps the steps of the tree. With `fit` there are as few rows as it takes to give every search all the room that
+    it may need; without, a search whose share of the cache is used up receives None for children.
     """
-    def __init__(self, model: Llama, tokenizer: StepTokenizer, questions: list[Question], rows: int, lanes: int,
-                 temperature: float, config: SearchConfig, seed: int = 0, paths: int = 1, through: int = 1):
+    def __init__(self, model: Llama, tokenizer: StepTokenizer, questions: list[Question], rows: int, lanes: int, temperature: float,
+                 config: SearchConfig, expansions: int, seed: int = 0, paths: int = 1, through: int = 1, fit: bool = False):
         self.model, self.tokenizer, self.temperature, self.seed = model.eval(), tokenizer, temperature, seed
-        self.rows, self.lanes, self.through, self.step_tokens = rows, lanes, through, config.max_step_tokens
+        self.lanes, self.through, self.step_tokens = lanes, through, config.max_step_tokens
         self.device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        self.tables = [table.numpy() for table in (tokenizer.is_eos_V, tokenizer.breaks_line_V, tokenizer.has_text_V,
-                                                   tokenizer.text_before_break_V)]
+        self.tables = tokenizer.tables_4V.numpy()
         room = model.config.max_position_embeddings - self.step_tokens
         self.waiting = [(question, tokenizer.encode_prompt(question, room)) for question in questions][::-1]
-        # the slots hold the paths that are being extended and their new steps, the store all steps of the tree
-        longest, new = max((len(prompt) for _, prompt in self.waiting), default=1), lanes * self.step_tokens
-        share, path = config.cache_tokens // rows, paths * config.max_depth * self.step_tokens
-        self.slots = longest + path + new if through == 1 else min(share, longest + through * new)
-        self.places = share - self.slots if through == 1 else 0
-        if self.slots < longest + new or through == 1 and self.places < new:
-            raise InputError(f"--cache-tokens {config.cache_tokens}: too few for {rows} questions at once, which need "
-                             f"{rows * (longest + new + (path + new) * (through == 1))} at least")
-        self.cache = TreeCache(model.config, rows, self.slots, self.places, self.device, dtype)
+        lengths, new = [len(prompt) for _, prompt in self.waiting] or [1], lanes * self.step_tokens
+        beside = through * new if through > 1 else paths * config.max_depth * self.step_tokens + new  # the prompt, in the slots
+        places = expansions * new if through == 1 else 0
+        if fit:
+            rows = max(1, min(rows, config.cache_tokens // (max(lengths) + beside + places)))
+        self.share = config.cache_tokens // rows - beside  # for a question's prompt and tree
+        if self.share < max(lengths) + (places if fit else new):
+            raise InputError(f"--cache-tokens {config.cache_tokens}: {rows} questions at once need at least "
+                             f"{rows * (max(lengths) + beside + (places if fit else new))}")
+        self.rows = rows = max(1, min(rows, len(questions)))
+        self.slots = max(lengths) + beside
+        self.cache = TreeCache(model.config, rows, self.slots, min(places, self.share - min(lengths)), self.device, dtype)
         self.mask_BNS = np.zeros((rows, lanes, self.slots), dtype=bool)
         self.hidden_XD = torch.zeros(rows * lanes, model.config.hidden_size, device=self.device, dtype=dtype)
         self.live, self.text = np.zeros((2, rows * lanes), dtype=bool)
         self.token, self.position, self.slot, self.length, self.ending = np.zeros((5, rows * lanes), dtype=np.int64)
         self.value, self.logp = np.zeros((2, rows * lanes))
         self.step_XC, self.slot_XC = np.zeros((2, rows * lanes, self.step_tokens), dtype=np.int64)
-        self.uniform_XC = np.zeros((rows * lanes, self.step_tokens))  # the random numbers of each lane's step
+        self.uniform_XC = np.zeros((rows * lanes, self.step_tokens), dtype=np.float32)  # the random numbers of each lane's step
         self.next_slot, self.next_place = np.zeros((2, rows), dtype=np.int64)
         self.parent, self.children = [None] * (rows * lanes), [[]] * rows  # by lane; by row the complete children
-        self.searches = [None] * rows  # (question, root, generator, random numbers) of each busy row
+        self.searches = [None] * rows  # (question, root, generator, random numbers)
         self.sampled_tokens = self.fed_tokens = self.steps = 0
 
     def run(self, start, label: str):
-        """Yield (question, root, what the generator returned) as searches end, with a progress bar (of rank 0);
-        `start(question, root)` makes a generator."""
+        """Yield (question, root, what the generator of `start(question, root)` returned) as searches end."""
         begin = time.perf_counter()
         with tqdm(self.ends(start), label, len(self.waiting), unit="question", mininterval=1.0, dynamic_ncols=True,
                   disable=int(os.environ.get("RANK", 0)) > 0) as bar:
@@ -269,7 +273,7 @@ class Driver:
         length, first = len(root.tokens), {}
         for key, node in nodes.items():
             first[key], length = length, length + len(node.tokens)
-        if self.through == 1 and max(self.next_place[row] - self.places, length - self.slots) + len(parents) * self.step_tokens > 0:
+        if self.through == 1 and len(root.tokens) + self.next_place[row] + len(parents) * self.step_tokens > self.share:
             return False
         if nodes:
             places = np.concatenate([np.arange(node.place, node.place + len(node.tokens)) for node in nodes.values()])
@@ -294,10 +298,7 @@ class Driver:
         row, column = np.divmod(lanes, self.lanes)
         count_B = np.bincount(row, minlength=self.rows)
         slot = self.next_slot[row] + np.arange(len(lanes)) - (count_B.cumsum() - count_B)[row]
-        if (full := slot >= self.slots).any():  # of whole solutions only: steps were given room when they began
-            self.ending[lanes[full]] = CUT
-            lanes, row, column, slot = (part[~full] for part in (lanes, row, column, slot))
-        self.next_slot = np.minimum(self.next_slot + count_B, self.slots)
+        self.next_slot += count_B
         count = self.length[lanes]
         logits_XV = self.model.logits(self.hidden_XD[self.to_device(lanes)]).float()
         token, logp = self.draw(logits_XV, self.to_device(self.uniform_XC[lanes, count]))
@@ -306,32 +307,32 @@ class Driver:
         self.logp[lanes] += logp
         self.position[lanes] += 1
         self.length[lanes] += 1
-        eos, breaks, text, before = (table[token] for table in self.tables)
+        eos, breaks, text, before = self.tables[:, token]
         breaks &= self.text[lanes] | before  # a line break ends a step once there is visible text before it
         self.text[lanes] |= text
         self.ending[lanes] = np.where(eos, EOS, np.where(breaks, LINE, np.where(count + 1 >= self.step_tokens, CUT, 0)))
         self.sampled_tokens += len(lanes)
 
     def draw(self, logits_XV: Tensor, uniform_X: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (X,) at the driver's temperature by inverting the cumulative distribution at `uniform_X`, and their
+        """Tokens (X,) at the driver's temperature (0: the likeliest) by inverting the cumulative distribution, and their
         untempered log-probabilities. Ids that the tokenizer does not have are never drawn, but count in the softmax."""
-        known_XV = logits_XV[:, :len(self.tables[0])]
+        known_XV = logits_XV[:, :self.tables.shape[1]]
         if self.temperature == 0:
             token_X = known_XV.argmax(dim=-1)
         else:
             cumulative_XV = (known_XV / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-            target_X1 = (uniform_X.to(cumulative_XV.dtype) * cumulative_XV[:, -1])[:, None]
+            target_X1 = (uniform_X * cumulative_XV[:, -1])[:, None]
             token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0].clamp(max=known_XV.shape[1] - 1)
         logp_X = logits_XV.gather(1, token_X[:, None])[:, 0] - logits_XV.logsumexp(dim=-1)
         return token_X.cpu().numpy(), logp_X.cpu().numpy()
 
     def feed(self):
         """Feed the newest token of every live lane; values where it ended the step."""
-        lanes = np.flatnonzero(self.live & (self.length > 0))
-        index_X, row, column, slot, token, position = map(self.to_device, (
-            lanes, lanes // self.lanes, lanes % self.lanes, self.slot[lanes], self.token[lanes], self.position[lanes]))
+        lanes = np.flatnonzero(self.live)
         used = min(self.slots, -(-int(self.next_slot.max()) // 64) * 64)
-        mask_BNS = self.to_device(self.mask_BNS[:, :, :used])
+        index_X, row, column, slot, token, position, mask_BNS = map(self.to_device, (
+            lanes, lanes // self.lanes, lanes % self.lanes, self.slot[lanes], self.token[lanes], self.position[lanes],
+            self.mask_BNS[:, :, :used]))
         cache = self.cache.at(row, column, slot, self.lanes, used)
         self.hidden_XD[index_X] = self.model.hidden(token[None], position[None], mask_BNS[:, None], cache)[0]
         self.value[lanes] = self.model.value(self.hidden_XD[index_X]).cpu().numpy()
@@ -368,8 +369,8 @@ class Driver:
 def search_trees(model: Llama, tokenizer: StepTokenizer, questions: list[Question], config: SearchConfig, seed: int = 0,
                  label: str = "search"):
     """An iterator over the tree of each question as its search ends; questions that do not fit raise InputError at once."""
-    driver = Driver(model, tokenizer, questions, max(1, min(config.search_rows, len(questions))), config.expand_width,
-                    config.search_temperature, config, seed)
+    driver = Driver(model, tokenizer, questions, config.search_rows, config.expand_width, config.search_temperature, config,
+                    config.simulations, seed)
     ends = driver.run(lambda question, root: mcts(root, config, grader(question), random.Random(f"{seed} {question.id}")), label)
     return (to_tree(question, root, *end) for question, root, end in ends)
 
@@ -384,16 +385,15 @@ def main():
     source, target, search = parse_args(__doc__, (SourceConfig, TreesConfig, SearchConfig), sys.argv[1:], ("model", "data", "out"))
     rank, ranks, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(target.out)
     model, tokenizer, questions = load_source(source, source.seed)
-    if rank == 0:
-        keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"))
+    keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"), write=rank == 0)
     path = out if ranks == 1 else out.with_name(f"{out.stem}-{rank}{out.suffix}")
     done = {tree.id for tree in resume_trees(out, rank, ranks)}
     mine = [question for question in questions[rank::ranks] if question.id not in done]
-    trees = search_trees(model, tokenizer, mine, search, source.seed)
+    trees, begin = search_trees(model, tokenizer, mine, search, source.seed), time.perf_counter()
     with open(path, "a") as file:
         for tree in trees:
             write_tree(file, tree)
-    print(f"{path}: {len(mine)} trees written, {len(questions[rank::ranks]) - len(mine)} were there")
+    print(f"{path}: {len(mine)} trees in {time.perf_counter() - begin:.1f} s, {len(questions[rank::ranks]) - len(mine)} were there")
 
 
 if __name__ == "__main__":

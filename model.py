@@ -83,8 +83,8 @@ class Attention(nn.Module):
         if cache is not None:  # from one flat line of tokens to the cache's rows
             q_BTHK, k_BTGK, v_BTGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
-        if mask is None:
-            out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True,
+        if cache is None:
+            out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=mask is None,
                                                       enable_gqa=self.heads != self.groups)
         else:  # the query heads of a group stand in line as further queries: keys are read once, not once a head
             q_BGXK = q_BHTK.reshape(q_BHTK.shape[0], self.groups, -1, self.head_dim)
@@ -157,8 +157,9 @@ class Llama(nn.Module):
             position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
         x_BTD = self.model.embed_tokens(token_BT)
         cos, sin = self.rotary(position_BT, x_BTD.dtype)
-        if mask is not None:  # additive, converted once; repeated for the query heads that share a key (see Attention)
+        if mask is not None:  # additive, converted once
             mask = torch.zeros(mask.shape, device=mask.device, dtype=x_BTD.dtype).masked_fill_(~mask, -math.inf)
+        if cache is not None:  # repeated for the query heads that share a key (see Attention)
             mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
         for layer in self.model.layers:
             x_BTD = layer(x_BTD, cos, sin, mask, cache)
@@ -203,9 +204,9 @@ class TreeCache:
     """Keys and values of many partial solutions: one row a question, one slot a token, in any order of growth.
 
     A forward pass feeds one flat line of X tokens without padding; `at` says beforehand which row, lane (query of the
-    row) and slot each belongs to, and how many slots are read. The mask says which slots a lane sees. Steps that are
-    complete move to `store`, a second memory of one place a token, so that the slots read by the next pass are those of
-    the paths now being extended, not those of the whole tree.
+    row) and slot each belongs to, and how many slots are read. The mask says which slots a lane sees. Complete steps are
+    copied to `store`, a second memory of one place a token, and those of a path that is extended again come back from
+    there: so a pass reads the slots of the paths being extended, not those of the whole tree.
     """
     def __init__(self, config: LlamaConfig, rows: int, slots: int, places: int = 0, device="cpu", dtype=torch.float32):
         def memory(length):
@@ -367,7 +368,10 @@ def load_source(source: SourceConfig, question_seed: int = 0) -> tuple[Llama, St
     folder = find_folder(source.model)
     tokenizer = StepTokenizer.load(folder, read_template(source.prompt))  # first: a tokenizer of another model is told by its size
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
-    return load_model(folder, device), tokenizer, questions
+    if not (folder / "value_head.safetensors").exists():
+        print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
+    dtype = torch.bfloat16 if source.dtype == "bfloat16" else torch.float32
+    return load_model(folder, device, dtype, source.seed), tokenizer, questions
 
 
 def save_model(model: Llama, folder: str | Path):

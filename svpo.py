@@ -20,10 +20,11 @@ class InputError(ValueError):
     """Bad input from the user: the commands print it as one line and end with status 2."""
 
 
-def flag(default, help: str, built_in=None, least=None):
+def flag(default, help: str, built_in=None, least=None, choices=None):
     """A dataclass field that becomes a command-line flag. `built_in` is its default for the built-in task, `least` the
-    smallest value accepted."""
-    return field(default=default, metadata={"help": help, "built_in": default if built_in is None else built_in, "least": least})
+    smallest value accepted, `choices` the only ones."""
+    return field(default=default, metadata={"help": help, "built_in": default if built_in is None else built_in, "least": least,
+                                            "choices": choices})
 
 
 # --------------------------------------------------------------------------------------------- trees
@@ -139,12 +140,8 @@ class LossConfig:
     mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0)
     margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)", least=0)
     margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for", least=0)
-    pairs: str = flag("all", "all: every pair of siblings that qualifies; best: one pair a parent")
+    pairs: str = flag("all", "all: every pair of siblings that qualifies; best: one pair a parent", choices=("all", "best"))
     min_gap: float = flag(0.5, "least Q_win - Q_lose of a pair", least=0)
-
-    def __post_init__(self):
-        if self.pairs not in ("all", "best"):
-            raise InputError(f"--pairs is all or best, not {self.pairs!r}")
 
 
 def outcomes_below(tree: Tree) -> tuple[list[int], list[int]]:

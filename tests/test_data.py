@@ -114,9 +114,9 @@ def test_step_ends_inside_tokens():
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     tokenizer.decoder = decoders.Fuse()
     steps = StepTokenizer(tokenizer, [0])
-    assert steps.breaks_line_V.tolist() == [False, False, True, True, True, True]
-    assert steps.text_before_break_V.tolist() == [True, True, True, False, False, False]
-    assert steps.is_eos_V.tolist() == [True] + [False] * 5
+    eos, breaks, text, before = steps.tables_4V.tolist()
+    assert breaks == [False, False, True, True, True, True] and text == [True, True, True, False, False, True]
+    assert before == [True, True, True, False, False, False] and eos == [True] + [False] * 5
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path, capsys):

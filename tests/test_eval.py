@@ -88,8 +88,10 @@ def test_diagnosis_by_hand():
     found = diagnose([tree, tree], [judged, judged])
     # V: 0.5 > -0.9; reward: -1.5 + 1 < -1 + 2; mean log-probability: -0.75 > -1
     assert found["by_depth"] == [{"depth": 1, "pairs_a_tree": 1.0, "value": 1.0, "implicit_reward": 0.0, "mean_logp": 1.0}]
-    assert found["auc"] == 1.0 and found["calibration_error"] == pytest.approx((0.25 + 0.05) / 2)
+    assert found["auc_ends"] == 1.0 and found["auc_steps"] is None and found["calibration_error"] == pytest.approx((0.25 + 0.05) / 2)
     assert [(row["steps"], row["found"]) for row in found["calibration"]] == [(2, 0.0), (2, 1.0)]
+    blank = dataclasses.replace(tree, nodes=nodes[:1])
+    assert diagnose([blank], [blank]) == {"by_depth": [], "calibration": [], "auc_steps": None, "auc_ends": None, "calibration_error": None}
 
 
 def test_plan():

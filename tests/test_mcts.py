@@ -106,8 +106,12 @@ QUESTIONS = [Question(f"q{index}", text, "3") for index, text in enumerate(
     ["1+2", "5*5-3+1", "7", "2-2*3", "9+9+9+9", "1*1", "4-3*2*1"])]
 
 
-def test_recorded_logp_and_values_equal_full_forward(model, tokenizer):
-    """Catches every cache fault: wrong slots, positions or masks, ragged prompts, refilled rows, lanes of unequal length."""
+@pytest.mark.parametrize("few_shot", [False, True])
+def test_recorded_logp_and_values_equal_full_forward(model, tokenizer, few_shot):
+    """Catches every cache fault: wrong slots, positions or masks, ragged prompts, shared ones, refilled rows, lanes of unequal
+    length."""
+    if few_shot:
+        tokenizer = StepTokenizer(tokenizer.tokenizer, [0], "1+1\n1+1=2 #### 2\n{question}\n")
     trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
     assert sorted(tree.id for tree in trees) == sorted(question.id for question in QUESTIONS)
     checked = depth = 0
@@ -150,7 +154,7 @@ def test_steps_end_where_they_should(model, tokenizer):
 @pytest.mark.parametrize("through", [1, 3])
 def test_greedy_is_argmax_decoding(model, tokenizer, through):
     """Catches a temperature of zero that samples, and a driver that changes tokens between steps."""
-    driver = Driver(model, tokenizer, QUESTIONS, 2, 1, 0.0, SearchConfig(max_step_tokens=6, cache_tokens=400, max_depth=3), through=through)
+    driver = Driver(model, tokenizer, QUESTIONS, 2, 1, 0.0, SearchConfig(max_step_tokens=6, cache_tokens=400, max_depth=3), 3, through=through, fit=True)
 
     def one_path(root):
         node = root
@@ -166,13 +170,50 @@ def test_greedy_is_argmax_decoding(model, tokenizer, through):
         assert node.ending or node.depth == 3
 
 
+@pytest.mark.parametrize("strategy", ["majority:3", "beam:3,2", "mcts:4"])
+def test_strategies_read_the_right_paths(model, tokenizer, strategy):
+    """Catches lanes that run on through several steps, and several paths extended at once, that see each other's slots."""
+    from eval import AnswerConfig, plan
+    search = SearchConfig(max_step_tokens=8, max_depth=4, expand_width=3, cache_tokens=1500)
+    chosen, seen = plan(strategy, search, AnswerConfig()), []
+
+    def spied(question, root):
+        search, children = chosen.start(question, root), None
+        while True:
+            try:
+                children = yield search.send(children)
+            except StopIteration as end:
+                return end.value
+            seen.extend(children)
+    driver = Driver(model, tokenizer, QUESTIONS, 3, chosen.lanes, 0.8, search, chosen.expansions, 0, chosen.paths, chosen.through, fit=True)
+    assert len(list(driver.run(spied, strategy))) == len(QUESTIONS)
+    for node in seen:
+        root = node
+        while root.parent:
+            root = root.parent
+        tokens = sum((step.tokens for step in node.path()), root.tokens)
+        with torch.no_grad():
+            logits_1TV, value_1T = model(torch.tensor([tokens]))
+        rows = logits_1TV[0].log_softmax(-1)[-len(node.tokens) - 1:-1]
+        assert node.logp == pytest.approx(rows.gather(1, torch.tensor(node.tokens)[:, None]).sum().item(), abs=1e-3)
+        assert node.value == pytest.approx(value_1T[0, -1].item(), abs=1e-3)
+    assert max(node.depth for node in seen) >= 3
+
+
+def test_bfloat16(tokenizer, model):
+    """Catches states of another type than the weights'."""
+    trees = list(search_trees(model.to(torch.bfloat16), tokenizer, QUESTIONS[:3], CONFIG))
+    assert len(trees) == 3 and all(math.isfinite(node.logp) for tree in trees for node in tree.nodes)
+
+
 def test_a_full_row_ends_its_search_alone(model, tokenizer):
     """Catches a row that writes over its neighbours' or its own slots when it has no room, and a silent stop."""
     small = SearchConfig(simulations=50, expand_width=3, max_depth=20, max_step_tokens=6, search_rows=2, cache_tokens=330)
     trees = list(search_trees(model, tokenizer, QUESTIONS, small))
     assert len(trees) == len(QUESTIONS) and any(tree.stopped == "slots" for tree in trees)
-    for tree in trees:
-        assert 0 < sum(len(node.tokens) for node in tree.nodes) < 64
+    assert all(tree.simulations > 0 for tree in trees)
+    alone = {tree.id: tree for question in QUESTIONS for tree in search_trees(model, tokenizer, [question], small)}
+    assert all((tree.simulations, tree.stopped) == (alone[tree.id].simulations, alone[tree.id].stopped) for tree in trees)
 
 
 def test_line_breaks_inside_tokens_end_steps():
@@ -266,8 +307,8 @@ def test_samples_do_not_depend_on_the_neighbours(model, tokenizer):
 
 def test_sampling_follows_the_distribution(model, tokenizer):
     """Catches a wrong inverse of the cumulative distribution, and a temperature that also tempers what is recorded."""
-    driver = Driver(model, tokenizer, [], 1, 1, 0.5, CONFIG)
-    logits_V = torch.linspace(-1, 1, len(tokenizer.is_eos_V) + 2)
+    driver = Driver(model, tokenizer, [], 1, 1, 0.5, CONFIG, 1)
+    logits_V = torch.linspace(-1, 1, tokenizer.tables_4V.shape[1] + 2)
     uniform_X = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     token_X, logp_X = driver.draw(logits_V.expand(4000, -1), uniform_X)
     wanted_V = (logits_V[:-2] / 0.5).softmax(-1)
