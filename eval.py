@@ -35,7 +35,7 @@ BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "
 class AnswerConfig:
     """Answering new questions."""
     answer_temperature: float = flag(0.6, "of all strategies but greedy (0) and sampled (1); AlphaMath: 0.6 in its config, "
-                                          "1.0 in its table", least=0)
+                                          "1.0 in its table", built_in=0.3, least=0)
     answer_lanes: int = flag(32, "steps decoded at once, over all questions", built_in=512, least=1)
 
 

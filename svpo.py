@@ -136,7 +136,7 @@ class LossConfig:
     """The objective. All weights and thresholds are our choice: the paper's constants are unknown."""
     beta: float = flag(0.3, "strength of the reference in step-DPO; CPL: 0.3", least=0)
     policy_weight: float = flag(0.5, "weight of step-DPO", built_in=0.05, least=0)
-    sft_weight: float = flag(0.5, "weight of SFT on correct solutions (a_sft)", built_in=0.3, least=0)
+    sft_weight: float = flag(0.5, "weight of SFT on correct solutions (a_sft)", built_in=1.0, least=0)
     mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0)
     margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)", least=0)
     margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for", least=0)
