@@ -385,11 +385,11 @@ def main():
     source, target, search = parse_args(__doc__, (SourceConfig, TreesConfig, SearchConfig), sys.argv[1:], ("model", "data", "out"))
     rank, ranks, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(target.out)
     model, tokenizer, questions = load_source(source, source.seed)
-    keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"), write=rank == 0)
     path = out if ranks == 1 else out.with_name(f"{out.stem}-{rank}{out.suffix}")
     done = {tree.id for tree in resume_trees(out, rank, ranks)}
     mine = [question for question in questions[rank::ranks] if question.id not in done]
     trees, begin = search_trees(model, tokenizer, mine, search, source.seed), time.perf_counter()
+    keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"), write=rank == 0)
     with open(path, "a") as file:
         for tree in trees:
             write_tree(file, tree)

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval
+import mcts
+import train
 from conftest import ROOT
-from data import read_trees, split_of
-from model import load_model
+from data import read_trees, run_command, split_of
 from eval import rescore
+from model import load_model
 from train import schedule
 
 SMALL = ["--sft-questions", "200", "--search-questions", "12", "--valid-questions", "6", "--test-limit", "10", "--rounds", "2",
@@ -138,30 +141,43 @@ def bad_inputs(folder: Path, model: Path):
     yield ["--simulations", "many"], "--simulations"
 
 
-def test_bad_input_is_one_line_and_status_2(tmp_path, model_folder):
+def refused(main, words, capsys, monkeypatch) -> str:
+    """Run a command in this process; it must end with status 2 and one line on stderr, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and len(printed.splitlines()) == 1 and printed.startswith("error: "), (words, printed)
+    return printed
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, model_folder, capsys, monkeypatch):
     """Catches tracebacks, exit status 0 or 1, and run folders left half-written."""
+    monkeypatch.chdir(tmp_path)
     for words, name in bad_inputs(tmp_path, model_folder):
-        done = command(ROOT / "train.py", *words, "--out", "out", cwd=tmp_path)
-        assert done.returncode == 2, (words, done.stderr)
-        assert len(done.stderr.splitlines()) == 1 and name in done.stderr, (words, done.stderr)
+        assert name in refused(train.main, [*words, "--out", "out"], capsys, monkeypatch), words
         assert not (tmp_path / "out").exists(), words
+    done = command(ROOT / "train.py", "--no-such-flag", "1", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "error: unrecognized arguments: --no-such-flag 1\n"
 
 
-def test_bad_input_to_search_and_answering(tmp_path, model_folder):
+def test_bad_input_to_search_and_answering(tmp_path, model_folder, capsys, monkeypatch):
     """Catches tracebacks and spent hours before an unusable flag, file or folder is noticed."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
     (tmp_path / "long.jsonl").write_text('{"question": "' + "1+" * 400 + '1", "answer": "2"}\n')
     (tmp_path / "bad_trees.jsonl").write_text('{"id": 1}\n')
-    common = ["--model", model_folder, "--data", "good.jsonl"]
-    for words, name in ((["mcts.py", *common], "--out"), (["mcts.py", *common, "--out", "no/trees.jsonl"], "no/trees.jsonl"),
-                        (["mcts.py", *common, "--out", "bad_trees.jsonl"], "bad_trees.jsonl, line 1"),
-                        (["mcts.py", "--model", model_folder, "--data", "long.jsonl", "--out", "trees.jsonl"], "long-1"),
-                        (["eval.py", *common, "--strategy", "beam:0,5"], "beam:0,5"),
-                        (["eval.py", *common, "--json", "no/out.json"], "no/out.json"),
-                        (["eval.py", "--model", model_folder, "--data", "arithmetic:exam"], "arithmetic:exam"),
-                        (["eval.py", "--model", model_folder, "--data", "long.jsonl"], "long-1")):
-        done = command(ROOT / words[0], *words[1:], cwd=tmp_path)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr, (words, done.stderr)
+    common = ["--model", model_folder, "--data", "good.jsonl", "--max-step-tokens", "8"]
+    for main, words, name in ((mcts.main, common, "--out"), (mcts.main, [*common, "--out", "no/trees.jsonl"], "no/trees.jsonl"),
+                              (mcts.main, [*common, "--out", "bad_trees.jsonl"], "bad_trees.jsonl, line 1"),
+                              (mcts.main, [*common, "--out", "trees.jsonl", "--cache-tokens", "100"], "--cache-tokens"),
+                              (mcts.main, ["--model", model_folder, "--data", "long.jsonl", "--out", "trees.jsonl"], "long-1"),
+                              (eval.main, [*common, "--strategy", "beam:0,5"], "beam:0,5"),
+                              (eval.main, [*common, "--json", "no/out.json"], "no/out.json"),
+                              (eval.main, [*common, "--trees", "bad_trees.jsonl"], "bad_trees.jsonl, line 1"),
+                              (eval.main, ["--model", model_folder, "--data", "arithmetic:exam"], "arithmetic:exam"),
+                              (eval.main, ["--model", model_folder, "--data", "long.jsonl"], "long-1")):
+        assert name in refused(main, words, capsys, monkeypatch), words
         assert not (tmp_path / "trees.jsonl").exists()
 
 
@@ -202,12 +218,12 @@ def test_rescore_replaces_scores_only(model, tokenizer):
     (lambda folder: edit(folder, vocab_size=5), "vocabulary has 5"),
     (lambda folder: edit(folder, hidden_act="relu"), "hidden_act"),
     (lambda folder: edit(folder, num_hidden_layers=9), "missing tensor")])
-def test_bad_models_are_one_line_and_status_2(tmp_path, model_folder, damage, name):
+def test_bad_models_are_one_line_and_status_2(tmp_path, model_folder, damage, name, capsys, monkeypatch):
     """Catches checkpoints that load in part, and tokenizers of another model."""
     damage(model_folder)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2", "answer": "3"}\n')
-    done = command(ROOT / "train.py", "--model", model_folder, "--data", "good.jsonl", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr, done.stderr
+    assert name in refused(train.main, ["--model", model_folder, "--data", "good.jsonl", "--out", "out"], capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
