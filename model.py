@@ -333,7 +333,8 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
     """Load a model from a Hugging Face folder, preset or repository id, in evaluation mode.
 
     The network is built on the meta device and filled strictly: a missing, left-over or misshapen tensor raises
-    InputError. Only the value head may be missing; it then starts at normal(0, initializer_range) with bias 0.
+    InputError. Only the value head may be missing; it then starts at normal(0, initializer_range / sqrt(hidden_size))
+    with bias 0, so that V is about 0 (AlphaMath does not divide: with real hidden states V is then anywhere in (-1, 1)).
     """
     folder = find_folder(name)
     config = read_config(folder)
@@ -346,7 +347,8 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
             raise InputError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from them")
     if "value_head.weight" not in tensors:
         weight = torch.empty(1, config.hidden_size)
-        nn.init.normal_(weight, 0.0, config.initializer_range, generator=torch.Generator().manual_seed(seed))
+        std = config.initializer_range / math.sqrt(config.hidden_size)
+        nn.init.normal_(weight, 0.0, std, generator=torch.Generator().manual_seed(seed))
         tensors |= {"value_head.weight": weight, "value_head.bias": torch.zeros(1)}
     wanted = {key: parameter.shape for key, parameter in model.named_parameters()}
     for problem, keys in (("missing tensor", wanted.keys() - tensors.keys()),
