@@ -89,7 +89,7 @@ def test_search_and_answering_alone(run):
     model = "runs/arithmetic-seed0/round2"
     for total in (5, 8):
         done = command(ROOT / "mcts.py", "--model", model, "--data", "arithmetic:search", "--out", "trees.jsonl", "--limit", total,
-                       "--max-step-tokens", "16", "--cache-tokens", "20000", cwd=folder)
+                       "--max-step-tokens", "16", cwd=folder)
         assert done.returncode == 0, done.stderr
         assert len({tree.id for tree in read_trees(folder / "trees.jsonl")}) == len(read_trees(folder / "trees.jsonl")) == total
     done = command(ROOT / "eval.py", "--model", model, "--data", "arithmetic", "--limit", "8", "--sibling-data", "arithmetic:valid", "--sibling-limit", "4", "--strategy",
