@@ -43,7 +43,7 @@ class BenchConfig:
     sample_tokens: int = flag(128, "tokens sampled of each of 32 questions in the sampling comparison", least=1)
     alternations: int = flag(3, "measurements of each side", least=1)
     prompt_tokens: int = flag(0, "make each question's prompt at least about this long", least=0)
-    side: str = flag("", "one measurement in this process: ours, peer, sample-ours, sample-peer")
+    side: str = flag("", "one measurement in this process", choices=("", "ours", "peer", "sample-ours", "sample-peer"))
 
 
 # --------------------------------------------------------------------------------------------- one measurement
@@ -80,7 +80,6 @@ def report(begin: float, device: str, nodes: int, tokens: int, **more) -> dict:
 
 def search_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig, watch=contextlib.nullcontext()) -> dict:
     model, tokenizer, questions = setting(source, config)
-    search = replace(search, search_rows=config.live)
     reset_peak()
     begin = time.perf_counter()
     with watch:
@@ -145,30 +144,24 @@ class Peer:
                 question = waiting.pop()
                 root = Node(tokens=self.tokenizer.encode_prompt(question))
                 generator = mcts(root, search, grader(question), random.Random(question.id))
-                live.append((generator, next(generator)))
-            leaves = [wanted[0] for _, wanted in live]
-            prefixes = [sum((node.tokens for node in leaf.path()), self.root_of(leaf).tokens) for leaf in leaves]
+                live.append((root, generator, next(generator)))
+            leaves = [wanted[0] for _, _, wanted in live]
+            prefixes = [sum((node.tokens for node in leaf.path()), root.tokens) for (root, _, _), leaf in zip(live, leaves)]
             texts, logps = self.generate(prefixes, search.expand_width, search.max_step_tokens, search.search_temperature, True)
             for index, leaf in enumerate(leaves):
                 leaf.value = self.prompt_value[index * search.expand_width]
             following = []
-            for index, (generator, wanted) in enumerate(live):
+            for index, (root, generator, wanted) in enumerate(live):
                 rows = slice(index * search.expand_width, (index + 1) * search.expand_width)
-                children = [self.child(wanted[0], *pair, search) for pair in zip(texts[rows], logps[rows])]
+                children = [self.child(wanted[0], *pair) for pair in zip(texts[rows], logps[rows])]
                 try:
-                    following.append((generator, generator.send(children)))
+                    following.append((root, generator, generator.send(children)))
                 except StopIteration as end:
                     simulations += end.value[0]
             live = following
         return simulations
 
-    @staticmethod
-    def root_of(node: Node) -> Node:
-        while node.parent:
-            node = node.parent
-        return node
-
-    def child(self, parent: Node, tokens: list[int], logp: list[float], search: SearchConfig) -> Node:
+    def child(self, parent: Node, tokens: list[int], logp: list[float]) -> Node:
         """A node of the tokens up to the step's end."""
         seen, count, eos = False, len(tokens), False
         for index, token in enumerate(tokens):
@@ -317,8 +310,6 @@ def main():
         raise InputError(f"bench.py {command}: there are search, ranks, growth and profile")
     stages = parse_args(__doc__, (SourceConfig, BenchConfig, SearchConfig), words, ("model", "data"))
     _, config, search = stages
-    if config.side and config.side not in SIDES:
-        raise InputError(f"--side {config.side}: there are {', '.join(SIDES)}")
     if config.side:
         print(json.dumps(SIDES[config.side](*stages)))
     elif command == "search":

@@ -189,7 +189,7 @@ class Driver:
         self.hidden_XD = torch.zeros(rows * lanes, model.config.hidden_size, device=self.device, dtype=dtype)
         self.live, self.text = np.zeros((2, rows * lanes), dtype=bool)
         self.token, self.position, self.slot, self.length, self.ending = np.zeros((5, rows * lanes), dtype=np.int64)
-        self.value, self.logp = np.zeros((2, rows * lanes))
+        self.logp = np.zeros(rows * lanes)
         self.step_XC, self.slot_XC = np.zeros((2, rows * lanes, self.step_tokens), dtype=np.int64)
         self.uniform_XC = np.zeros((rows * lanes, self.step_tokens), dtype=np.float32)  # the random numbers of each lane's step
         self.next_slot, self.next_place = np.zeros((2, rows), dtype=np.int64)
@@ -327,7 +327,7 @@ class Driver:
         return token_X.cpu().numpy(), logp_X.cpu().numpy()
 
     def feed(self):
-        """Feed the newest token of every live lane; values where it ended the step."""
+        """Feed the newest token of every live lane."""
         lanes = np.flatnonzero(self.live)
         used = min(self.slots, -(-int(self.next_slot.max()) // 64) * 64)
         index_X, row, column, slot, token, position, mask_BNS = map(self.to_device, (
@@ -335,16 +335,16 @@ class Driver:
             self.mask_BNS[:, :, :used]))
         cache = self.cache.at(row, column, slot, self.lanes, used)
         self.hidden_XD[index_X] = self.model.hidden(token[None], position[None], mask_BNS[:, None], cache)[0]
-        self.value[lanes] = self.model.value(self.hidden_XD[index_X]).cpu().numpy()
         self.fed_tokens += len(lanes)
 
     def complete(self) -> list[int]:
         """Make nodes of the steps that have ended; rows of which every lane has."""
         ended = np.flatnonzero(self.live & (self.ending > 0))
         self.steps += len(ended)
-        for lane in ended:
+        values = self.model.value(self.hidden_XD[self.to_device(ended)]).tolist()
+        for lane, value in zip(ended, values):
             (row, column), parent, count = divmod(lane, self.lanes), self.parent[lane], int(self.length[lane])
-            node = Node(parent, self.step_XC[lane, :count].tolist(), float(self.logp[lane]), float(self.value[lane]),
+            node = Node(parent, self.step_XC[lane, :count].tolist(), float(self.logp[lane]), value,
                         position=parent.position + count, hidden_D=self.hidden_XD[lane].clone())
             node.text = self.tokenizer.tokenizer.decode(node.tokens)
             node.ending = {LINE: None, EOS: "eos", CUT: "cut"}[self.ending[lane]]
