@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, parse_args, read_trees, run_command
+from data import Question, SourceConfig, StepTokenizer, extract_answer, find_folder, parse_args, read_trees, run_command
 from eval import majority, samples
 from mcts import Driver, Node, SearchConfig, grader, mcts
-from model import Llama, find_folder, load_source
+from model import Llama, load_source
 from svpo import InputError, flag
 
 

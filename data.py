@@ -6,10 +6,8 @@ svpo.py) are written as JSON lines.
 import argparse
 import dataclasses
 import glob
-import hashlib
 import json
 import os
-import random
 import re
 import sys
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+import torch.distributed as dist
+from tokenizers import Tokenizer
 
 from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (pack and flag are passed on)
 
@@ -69,6 +68,28 @@ class SourceConfig:
     dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
 
 
+PRESETS = {  # names for `load_model`; any other name is a folder or a Hugging Face repository id
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+
+def find_folder(name: str | Path) -> Path:
+    """A local folder as it is; otherwise a preset or a repository id, downloaded with huggingface-hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    repository = PRESETS.get(str(name), str(name))
+    if str(name) not in PRESETS and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
+        raise InputError(f"{name}: no such folder, and not a preset ({', '.join(PRESETS)}) or repository id owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # network, authorisation, unknown repository: all end the same way for the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: no such folder, and downloading {repository} failed: {reason}")
+
+
 def run_command(main):
     """Run a command; bad input is one line on stderr and exit status 2, Ctrl-C is status 130."""
     try:
@@ -79,6 +100,28 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def share(items) -> list:
+    """This rank's share; all, with one process."""
+    return list(items)[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else list(items)
+
+
+def gather(mine: list) -> list:
+    """The lists of all ranks in one."""
+    if not dist.is_initialized():
+        return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
+def once(action):
+    """Rank 0 does it, all wait."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        action()
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def read_json(path: Path) -> dict:
@@ -104,11 +147,9 @@ def write_json(path: Path, value: dict):
 def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **more):
     """Store the stages' configuration, or check that it equals the stored one but for the `free` fields."""
     config = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
-    if not path.exists():
-        if write:
-            write_json(path, {**config, **more})
-        return
-    stored = read_json(path)
+    if not path.exists() and write:
+        write_json(path, {**config, **more})
+    stored = read_json(path) if path.exists() else config
     different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
                  for part, fields in config.items() for name, value in fields.items()
                  if name not in free and stored.get(part, {}).get(name) != value]
@@ -124,72 +165,9 @@ class Question:
     solution: str | None = None  # worked solution, one step a line, for SFT
 
 
-# ------------------------------------------------------------------- the built-in task: order of operations
-# Expressions over the whole numbers modulo 7, reduced one operation a line. There are only 147 facts to know; the teacher
-# who wrote the worked solutions knows them but takes the operations in random order. Search knows only the right answers:
-# that multiplication comes first has to be found out. Mistakes show in the text; modulo a prime few end right by luck.
-
-MODULUS = 7
-SPLITS = {"sft": range(0, 96), "search": range(96, 208), "valid": range(208, 224), "test": range(224, 256)}
-SPLIT_SIZE = {"sft": 13189, "search": 15365, "valid": 2094, "test": 4344}  # different expressions that each one owns
-
-
 def is_built_in(spec: str) -> bool:
     """Whether a --data names the built-in task, not a file."""
     return spec.split(":")[0] == "arithmetic"
-
-
-def split_of(text: str) -> str:
-    """The split that owns this question: by a hash of its text, so the splits are disjoint for every seed and size."""
-    return next(name for name, owned in SPLITS.items() if hashlib.sha256(text.encode()).digest()[0] in owned)
-
-
-def first_operation(parts: list) -> int:
-    """Index of the operator that comes first by the rules: the leftmost `*`, else the leftmost of all."""
-    return parts.index("*") if "*" in parts else 1
-
-
-def reduce_by(parts: list, choose) -> list[str]:
-    """The solution lines when `choose(parts)` names the index of the operator to apply at each step."""
-    lines = []
-    while len(parts) > 1:
-        index = choose(parts)
-        left, operator, right = parts[index - 1:index + 2]
-        value = {"+": left + right, "-": left - right, "*": left * right}[operator] % MODULUS
-        parts = parts[:index - 1] + [value] + parts[index + 2:]
-        rest = "".join(map(str, parts))
-        lines.append(f"{left}{operator}{right}={value}" + (f" -> {rest}" if len(parts) > 1 else f" #### {rest}"))
-    return lines
-
-
-def arithmetic_questions(split: str, count: int, seed: int) -> list[Question]:
-    """`count` different questions of a split, drawn with `seed`: expressions of four numbers."""
-    if count > SPLIT_SIZE[split]:
-        raise InputError(f"{count} questions of split {split!r} are wanted, but the built-in task has only {SPLIT_SIZE[split]}")
-    rng, seen, questions = random.Random(f"{split} {seed}"), set(), []
-    while len(questions) < count:
-        parts = [rng.randrange(1, MODULUS)]
-        for _ in range(3):
-            parts += [rng.choice("+-*"), rng.randrange(1, MODULUS)]
-        text = "".join(map(str, parts))
-        if text in seen or split_of(text) != split:
-            continue
-        seen.add(text)
-        answer = reduce_by(parts, first_operation)[-1].split("#### ")[1]
-        careless = "\n".join(reduce_by(parts, lambda left: rng.randrange(1, len(left), 2)))
-        solution = careless if split == "sft" else None
-        questions.append(Question(f"{split}-{seed}-{len(questions)}", text, answer, solution))
-    return questions
-
-
-def arithmetic_tokenizer() -> Tokenizer:
-    """Whole numbers, operators and marks are single tokens."""
-    words = ["<eos>", "\n", "+", "-", "*", "=", " -> ", " #### "] + [str(number) for number in range(MODULUS)]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+| -> | #### |[-+*=\n]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["<eos>"])
-    return tokenizer
 
 
 def load_questions(spec: str, limit: int | None = None, seed: int = 0) -> list[Question]:
@@ -199,10 +177,8 @@ def load_questions(spec: str, limit: int | None = None, seed: int = 0) -> list[Q
     `#### N`, the text before it is the solution. Raises InputError with file and line.
     """
     if is_built_in(spec):
-        split = spec.partition(":")[2] or "test"
-        if split not in SPLITS:
-            raise InputError(f"{spec}: the splits of the built-in task are {', '.join(SPLITS)}")
-        return arithmetic_questions(split, 500 if limit is None else limit, seed)
+        from experiments.arithmetic import arithmetic_questions
+        return arithmetic_questions(spec.partition(":")[2] or "test", 500 if limit is None else limit, seed)
     questions, ids = [], set()
     for number, row in read_rows(Path(spec), limit):
         where = f"{spec}, line {number}"
@@ -225,6 +201,29 @@ def load_questions(spec: str, limit: int | None = None, seed: int = 0) -> list[Q
     if not questions:
         raise InputError(f"{spec}: no questions in this file")
     return questions
+
+
+def load_splits(run) -> dict[str, list]:
+    """Disjoint questions for a train.RunConfig: sft (worked solutions), search (a list a round), valid (sibling accuracy), test."""
+    if run.data == "arithmetic":
+        searched = load_questions("arithmetic:search", run.rounds * run.search_questions, run.seed)
+        return {"sft": load_questions("arithmetic:sft", run.sft_questions, run.seed),
+                "search": [searched[number::run.rounds] for number in range(run.rounds)],
+                "valid": load_questions("arithmetic:valid", run.valid_questions), "test": load_questions("arithmetic:test", run.test_limit)}
+    questions = load_questions(run.data, run.limit or None)
+    if run.test_data:
+        test = load_questions(run.test_data, run.test_limit)
+    else:
+        held_out = max(1, len(questions) // 5)
+        questions, test = questions[:-held_out], questions[-held_out:][:run.test_limit]
+        print(f"no --test-data: the last {held_out} questions of {run.data} are held out for the table")
+    tested = {question.text for question in test}
+    kept = [question for question in questions if question.text not in tested]
+    if len(kept) < len(questions):
+        print(f"{len(questions) - len(kept)} training questions also stand in the test set and are dropped")
+    if not kept:
+        raise InputError(f"{run.data}: no question is left for training")
+    return {"sft": [question for question in kept if question.solution], "search": [kept] * run.rounds, "valid": [], "test": test}
 
 
 def read_rows(path: Path, limit: int | None = None, content: bytes | None = None):
@@ -335,10 +334,11 @@ class StepTokenizer:
         return steps[:-1] + [step + self.eos_ids[:1] for step in steps[-1:]]
 
 # --------------------------------------------------------------------------------------------- trees
-def write_tree(file, tree: Tree):
-    """Append one tree as one JSON line."""
-    file.write(json.dumps(dataclasses.asdict(tree)) + "\n")
-    file.flush()
+def write_trees(file, trees):
+    """Append trees, one JSON line each, as they come."""
+    for tree in trees:
+        file.write(json.dumps(dataclasses.asdict(tree)) + "\n")
+        file.flush()
 
 
 def read_trees(path: str | Path, content: bytes | None = None) -> list[Tree]:
@@ -395,5 +395,3 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     for step in tokenizer.encode_steps(question.solution):
         nodes.append(TreeNode(len(nodes) - 1, step, [True] * len(step)))
     return Tree(question.id, question.text, question.answer, nodes)
-
-

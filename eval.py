@@ -8,6 +8,8 @@ Every strategy is a generator for the driver of mcts.py: it yields nodes to exte
 Dimension key: B rows, T tokens, D width, X tokens of a pack, M sampled tokens, E nodes of a pack.
 """
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import random
@@ -19,13 +21,15 @@ from typing import Callable
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, load_questions, parse_args, read_trees, \
-    run_command, write_json
-from mcts import Driver, Node, SearchConfig, mcts, search_trees
-from model import Llama, load_source, tree_mask
-from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp
+from data import Question, SourceConfig, StepTokenizer, extract_answer, gather, is_correct, load_questions, once, parse_args, read_trees, \
+    run_command, share, to_tree, write_json
+from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
+from model import Llama, block_mask, load_source
+from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, path, sibling_pairs, step_logp, token_logp, tree_mask
 
 BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "best") for count in (2, 4, 8, 16, 32)),
           "beam:1,2", "beam:1,3", "beam:1,5", "beam:1,10", "beam:2,5", "beam:3,5", "beam:5,5", "mcts:2", "mcts:4", "mcts:8", "mcts:16")
@@ -46,6 +50,21 @@ def samples(root: Node, count: int, choose: Callable):
     solutions = yield [root] * count
     answered = [node for node in solutions or [] if node.ending == "answer"]
     return choose(answered) if answered else None
+
+
+def sample_group(root: Node, count: int, grade: Callable):
+    """GRPO's group: `count` whole solutions as one tree, each backed up alone; steps that begin alike are one node."""
+    for last in (yield [root] * count) or []:
+        node = root
+        for step in last.path():
+            twin = next((child for child in node.children if child.tokens == step.tokens), None)
+            if twin is None:
+                node.children.append(step)
+                step.parent = node
+            node = twin or step
+        node.ending = node.ending or "deep"
+        node.reward = grade(node)
+        backup(node, node.reward)
 
 
 def majority(answered: list[Node]) -> Node:
@@ -128,61 +147,96 @@ def plan(strategy: str, search: SearchConfig = SearchConfig(), config: AnswerCon
     return Plan(count, 1, 1, search.max_depth, temperature, lambda question, root: samples(root, count, choose))
 
 
-def standard_error(rate: float, count: int) -> float:
-    """Standard error of a share of `count` independent questions."""
-    return math.sqrt(rate * (1 - rate) / count)
-
-
 def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Question], strategy: str,
                      search: SearchConfig, config: AnswerConfig, seed: int = 0) -> dict:
-    """Answer every question once; accuracy with its standard error, and what a question cost."""
+    """Answer every question once, each rank its share; accuracy with its standard error, and what a question cost."""
     chosen = plan(strategy, search, config, seed)
-    driver = Driver(model, tokenizer, questions, max(1, config.answer_lanes // chosen.lanes), chosen.lanes, chosen.temperature,
+    driver = Driver(model, tokenizer, share(questions), max(1, config.answer_lanes // chosen.lanes), chosen.lanes, chosen.temperature,
                     search, chosen.expansions, seed, chosen.paths, chosen.through, fit=True)
     begin, answers = time.perf_counter(), []
     for question, root, node in driver.run(chosen.start, f"answer {strategy}"):
         text = "".join(step.text for step in node.path()) if node else ""
         stated = extract_answer(node.text) if node and node.ending == "answer" else None
         answers.append({"id": question.id, "text": text, "answer": stated, "correct": is_correct(stated, question.answer)})
-    count = len(questions)
+    answers, count = gather(answers), len(questions)
+    costs = {name: sum(gather([getattr(driver, name)])) / count for name in ("sampled_tokens", "fed_tokens", "steps")}
     accuracy = sum(row["correct"] for row in answers) / count
-    return {"strategy": strategy, "questions": count, "accuracy": accuracy, "standard_error": standard_error(accuracy, count),
+    return {"strategy": strategy, "questions": count, "accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
             "stated": sum(row["answer"] is not None for row in answers) / count,
-            "sampled_tokens": driver.sampled_tokens / count, "fed_tokens": driver.fed_tokens / count,
-            "steps": driver.steps / count, "seconds": (time.perf_counter() - begin) / count,
+            **costs, "seconds": (time.perf_counter() - begin) / count,
             "answers": sorted(answers, key=lambda row: row["id"])}
 
 
 # --------------------------------------------------------------------------------------------- judging steps
 
-def forward_pack(model: Llama, packed: Pack) -> tuple[Tensor, Tensor]:
-    """log pi of each sampled token (M,) and V of each node (E,) from one pass; logits only where a token was sampled."""
+def score(model, packed: Pack, needed_E: Tensor | None = None, dropout_ED: Tensor | None = None):
+    """log pi of each sampled token (M,) and V of each node (E,) from one pass of `model` (model.Llama) over a pack; the
+    tokens are those of the `needed_E` nodes where that is given. Also returns their nodes (M,)."""
     device = next(model.parameters()).device
-    hidden_BTD = model.hidden(packed.token_BT.to(device), packed.position_BT.to(device), tree_mask(packed.subtree_end_BT.to(device)))
-    hidden_XD = hidden_BTD.flatten(0, 1)
-    token_M = packed.token_BT.flatten()[packed.target_M].to(device)
-    logp_M = token_logp(model.logits(hidden_XD[packed.predictor_M.to(device)]), token_M)
-    return logp_M, model.value(hidden_XD[packed.last_E.to(device)])
+    chosen = slice(None) if needed_E is None else needed_E[packed.node_M]
+    token_M, predictor_M, node_M, last_E, token_BT, position_BT, end_BT = (part.to(device) for part in (
+        packed.token_BT.flatten()[packed.target_M][chosen], packed.predictor_M[chosen], packed.node_M[chosen], packed.last_E,
+        packed.token_BT, packed.position_BT, packed.subtree_end_BT))
+
+    def read(hidden_BTD):
+        hidden_XD = hidden_BTD.flatten(0, 1)
+        return token_logp(hidden_XD[predictor_M], model.output_weight(), token_M), model.value(hidden_XD[last_E], dropout_ED)
+    mask = block_mask(end_BT) if device.type == "cuda" else tree_mask(end_BT)
+    return *model(token_BT, position_BT, mask, read=read), node_M
 
 
 @torch.inference_mode()
-def rescore(model: Llama, trees: list[Tree]) -> list[Tree]:
+def rescore(model: Llama, trees: list[Tree], row_tokens: int = 0) -> list[Tree]:
     """The same trees with the values and log-probabilities of this model."""
     judged = []
     for start in range(0, len(trees), 16):
         chunk = trees[start:start + 16]
-        packed = pack(chunk)
-        logp_M, value_E = forward_pack(model, packed)
-        scores = zip(step_logp(logp_M.cpu(), packed.node_M, len(packed.node_E)).tolist(), value_E.tolist())
+        packed = pack(chunk, row_tokens)
+        logp_M, value_E, node_M = score(model, packed)
+        scores = zip(step_logp(logp_M, node_M, len(value_E)).tolist(), value_E.tolist())
         judged += [dataclasses.replace(tree, nodes=[dataclasses.replace(node, logp=logp, value=value) for node, (logp, value)
                                                     in zip(tree.nodes, scores)]) for tree in chunk]
     return judged
+
+
+def add_reference(model: Llama, trees: list[Tree], path: Path, row_tokens: int = 0):
+    """Set the nodes' log-probabilities to the policy's, before it is trained: from the file that keeps them, or by one pass."""
+    weights, steps = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        weights.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for tree in trees:
+        steps.update(json.dumps([tree.id, [(node.parent, node.tokens) for node in tree.nodes]]).encode())
+    marks = {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            stored, logp = file.metadata() or {}, file.get_tensor("logp").tolist()
+        for name, mark in marks.items():
+            if stored.get(name) != mark:
+                raise InputError(f"{path} is of other {name} ({stored.get(name)}, not {mark}); delete it to have it computed again")
+    else:
+        scored = zip(share(range(len(trees))), rescore(model, share(trees), row_tokens))
+        logp = [value for _, values in sorted(gather([(index, [node.logp for node in tree.nodes]) for index, tree in scored])) for value in values]
+
+        def write():
+            save_file({"logp": torch.tensor(logp)}, f"{path}.partial", marks)
+            os.replace(f"{path}.partial", path)
+        once(write)
+    for node, value in zip([node for tree in trees for node in tree.nodes], logp):
+        node.logp = value
 
 
 def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, seed: int,
                 label: str = "sibling accuracy") -> list[Tree]:
     """Trees to measure sibling accuracy on, grown from outcomes alone: the judged value has no part in their labels."""
     return list(search_trees(model, tokenizer, questions, dataclasses.replace(search, leaf_value=False), seed, label))
+
+
+def grow_groups(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, count: int, seed: int) -> list[Tree]:
+    """A tree of `count` samples (temperature 1) for each question, in their order."""
+    driver = Driver(model, tokenizer, questions, search.search_rows, count, 1.0, search, 1, seed, through=search.max_depth, fit=True)
+    ends = driver.ends(lambda question, root: sample_group(root, count, grader(question)))
+    trees = {question.id: to_tree(question, root, 1, "samples") for question, root, _ in ends}
+    return [trees[question.id] for question in questions]
 
 
 def sibling_accuracy(trees: list[Tree]) -> dict:
@@ -247,6 +301,24 @@ def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
 
 # --------------------------------------------------------------------------------------------- tables
 
+def describe(trees: list[Tree], tokenizer: StepTokenizer):
+    """Print what a search found, and one tree's best pair of siblings as an example."""
+    outcomes = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
+    pairs = [sibling_pairs(tree) for tree in trees]
+    count = len(trees)
+    print(f"{count} trees: {100 * sum(1 in found for found in outcomes) / count:.1f} % with a correct solution, "
+          f"{sum(map(len, outcomes)) / count:.1f} finished solutions, {sum(map(len, pairs)) / count:.1f} pairs and "
+          f"{sum(tree.simulations for tree in trees) / count:.1f} effective simulations a tree")
+    tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
+    two = max(found, key=lambda pair: tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value)[:2] if found else range(1, len(tree.nodes))[:2]
+    print(f"   question  {tree.question}")
+    for label, index in [("step", index) for index in (path(tree, two[0])[:-1] if two else [])] + list(zip(
+            (" +  sibling", " -  sibling") if found else ("    sibling",) * 2, two)):
+        node = tree.nodes[index]
+        numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})" if "sibling" in label else ""
+        print(f"{label:>11}  {tokenizer.tokenizer.decode(node.tokens).strip()}{numbers}", flush=True)
+
+
 def print_table(rows: list[dict], title: str):
     """One line a stage: accuracy in % with its standard error for each strategy, then value sibling accuracy on
     trees of the stage's own policy and on the fixed trees of the first stage."""
@@ -278,26 +350,6 @@ def print_diagnosis(found: dict):
     print("AUC of V {} for steps before the last, {} for last ones; expected calibration error {}".format(*figures))
     print("V as chance, found chance, steps: " + ", ".join(f"{row['predicted']:.2f} {row['found']:.2f} {row['steps']}"
                                                            for row in found["calibration"]))
-
-
-def draw_budget(answers: list[dict], path: Path):
-    """Accuracy against sampled tokens a question, one line a kind of strategy."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: the curve is not drawn")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for kind in dict.fromkeys(row["strategy"].partition(":")[0] for row in answers):
-        rows = sorted((row for row in answers if row["strategy"].partition(":")[0] == kind), key=lambda row: row["sampled_tokens"])
-        axes.errorbar([row["sampled_tokens"] for row in rows], [100 * row["accuracy"] for row in rows],
-                      [100 * row["standard_error"] for row in rows], marker="o", capsize=2, label=kind)
-    axes.set(xscale="log", xlabel="sampled tokens a question", ylabel="accuracy in %", title=f"{answers[0]['questions']} questions")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
 
 
 @dataclass(frozen=True)
@@ -340,6 +392,7 @@ def main():
     if config.json:
         write_json(Path(config.json), row)
         if config.budget:
+            from experiments.figures import draw_budget
             draw_budget(row["answers"], Path(config.json).with_suffix(".png"))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, keep_config, parse_args, resume_trees, \
-    run_command, to_tree, write_tree
+    run_command, to_tree, write_trees
 from model import Llama, TreeCache, load_source
 from svpo import InputError, flag
 
@@ -391,8 +391,7 @@ def main():
     trees, begin = search_trees(model, tokenizer, mine, search, source.seed), time.perf_counter()
     keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"), write=rank == 0)
     with open(path, "a") as file:
-        for tree in trees:
-            write_tree(file, tree)
+        write_trees(file, trees)
     print(f"{path}: {len(mine)} trees in {time.perf_counter() - begin:.1f} s, {len(questions[rank::ranks]) - len(mine)} were there")
 
 

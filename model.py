@@ -8,6 +8,7 @@ Dimension key: B rows (trees, packs or questions), T tokens fed, S cached + new 
 H query heads, G key/value heads, K head width, F feed-forward width, L layers.
 """
 import dataclasses
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -19,16 +20,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
-from data import Question, SourceConfig, StepTokenizer, load_questions, read_json, read_template, write_json
-from svpo import InputError
-
-PRESETS = {  # names for `load_model`; any other name is a folder or a Hugging Face repository id
-    "llama-7b": "huggyllama/llama-7b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-}
-
+from data import Question, SourceConfig, StepTokenizer, find_folder, load_questions, read_json, read_template, write_json
+from svpo import InputError, tree_mask  # noqa: F401  (tree_mask is passed on)
 
 @dataclass
 class LlamaConfig:
@@ -65,6 +61,12 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
     return x_BTHK * cos_BT1K + torch.cat((-high, low), dim=-1) * sin_BT1K
 
 
+@functools.cache
+def flex():
+    """flex_attention, compiled where there is a kernel for it."""
+    return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
+
+
 class Attention(nn.Module):
     def __init__(self, c: LlamaConfig, index: int):
         super().__init__()
@@ -83,7 +85,9 @@ class Attention(nn.Module):
         if cache is not None:  # from one flat line of tokens to the cache's rows
             q_BTHK, k_BTGK, v_BTGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
-        if cache is None:
+        if isinstance(mask, BlockMask):
+            out_BHTK = flex()(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=self.heads != self.groups)
+        elif cache is None:
             out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=mask is None,
                                                       enable_gqa=self.heads != self.groups)
         else:  # the query heads of a group stand in line as further queries: keys are read once, not once a head
@@ -113,8 +117,12 @@ class Block(nn.Module):
         self.self_attn = Attention(c, index)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.recompute = False  # keep only the block's input for the backward pass
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
+    def forward(self, *inputs) -> Tensor:
+        return checkpoint(self.block, *inputs, use_reentrant=False) if self.recompute and self.training else self.block(*inputs)
+
+    def block(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
@@ -137,7 +145,6 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.value_head = nn.Linear(config.hidden_size, 1)
-        self.value_dropout = nn.Dropout(0.1)  # AlphaMath official code
 
     def init_weights(self, seed: int = 0):
         """Draw fresh weights: normal(0, initializer_range), residual outputs scaled down by depth as in GPT-2."""
@@ -157,7 +164,7 @@ class Llama(nn.Module):
             position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
         x_BTD = self.model.embed_tokens(token_BT)
         cos, sin = self.rotary(position_BT, x_BTD.dtype)
-        if mask is not None:  # additive, converted once
+        if isinstance(mask, Tensor):  # additive, converted once
             mask = torch.zeros(mask.shape, device=mask.device, dtype=x_BTD.dtype).masked_fill_(~mask, -math.inf)
         if cache is not None:  # repeated for the query heads that share a key (see Attention)
             mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
@@ -172,32 +179,33 @@ class Llama(nn.Module):
         angle_BT1K = torch.cat((angle_BTK, angle_BTK), dim=-1).unsqueeze(2)
         return angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)
 
+    def output_weight(self) -> Tensor:
+        """The language-model head's weight (V, D)."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden, self.output_weight())
 
-    def value(self, hidden: Tensor) -> Tensor:
-        """V in (-1, 1), float32, of the prefix that ends at each hidden state (..., D)."""
-        return torch.tanh(self.value_head(self.value_dropout(hidden)).squeeze(-1).float())
+    def value(self, hidden: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """V in (-1, 1), float32, of the prefix that ends at each hidden state (..., D), which `dropout` is multiplied with."""
+        return torch.tanh(self.value_head(hidden if dropout is None else hidden * dropout.to(hidden.dtype)).squeeze(-1).float())
 
     def forward(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
-                cache: "TreeCache | None" = None) -> tuple[Tensor, Tensor]:
-        """(logits_BTV, value_BT). Without position and mask it is plain causal. `mask` (B, 1, T, S) is True where a
-        query may look. With a cache the tokens come as one flat line (1, X), and the mask is (rows, 1, lanes, slots in use),
-        the fed tokens' own slots included (see TreeCache)."""
+                cache: "TreeCache | None" = None, read=None) -> tuple[Tensor, Tensor]:
+        """(logits_BTV, value_BT). Without position and mask it is plain causal. `mask` (B, 1, T, S) is True where a query may
+        look, or a BlockMask. With a cache the tokens come as one flat line (1, X), and the mask is (rows, 1, lanes, slots in
+        use), the fed tokens' own slots included (see TreeCache). `read(hidden_BTD)` takes the heads' place where it is given;
+        called here, because FSDP holds the weights together only within `forward`."""
         hidden_BTD = self.hidden(token_BT, position_BT, mask, cache)
-        return self.logits(hidden_BTD), self.value(hidden_BTD)
+        return read(hidden_BTD) if read else (self.logits(hidden_BTD), self.value(hidden_BTD))
 
 
-def tree_mask(subtree_end_BT: Tensor) -> Tensor:
-    """Boolean mask (B, 1, T, T) of a depth-first packed forest: token q sees token k iff k <= q < subtree_end[k].
-
-    That is causality, ancestry, separation of siblings and isolation of packed documents in one line.
-    """
-    index_T = torch.arange(subtree_end_BT.shape[1], device=subtree_end_BT.device)
-    query, key = index_T[:, None], index_T[None, :]
-    return ((key <= query) & (query < subtree_end_BT[:, None, :])).unsqueeze(1)
+def block_mask(subtree_end_BT: Tensor):
+    """svpo.tree_mask as a block mask of flex_attention, whose kernel skips the blocks that nobody sees."""
+    rows, length = subtree_end_BT.shape
+    return create_block_mask(lambda row, head, query, key: (key <= query) & (query < subtree_end_BT[row, key]), rows, None, length,
+                             length, device=subtree_end_BT.device)
 
 
 class TreeCache:
@@ -291,21 +299,6 @@ def read_config(folder: Path) -> LlamaConfig:
     return config
 
 
-def find_folder(name: str | Path) -> Path:
-    """A local folder as it is; otherwise a preset or a repository id, downloaded with huggingface-hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    repository = PRESETS.get(str(name), str(name))
-    if str(name) not in PRESETS and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
-        raise InputError(f"{name}: no such folder, and not a preset ({', '.join(PRESETS)}) or repository id owner/name")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:  # network, authorisation, unknown repository: all end the same way for the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: no such folder, and downloading {repository} failed: {reason}")
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, and of
     value_head.safetensors where there is one."""
@@ -364,26 +357,32 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
     return model.requires_grad_(True).eval()
 
 
+def find_source(source: SourceConfig) -> tuple[Path, StepTokenizer]:
+    """The folder of the model that a command names, and its tokenizer with the prompt template."""
+    folder = find_folder(source.model)
+    tokenizer = StepTokenizer.load(folder, read_template(source.prompt))  # first: a tokenizer of another model is told by its size
+    if not (folder / "value_head.safetensors").exists():
+        print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
+    return folder, tokenizer
+
+
 def load_source(source: SourceConfig, question_seed: int = 0) -> tuple[Llama, StepTokenizer, list[Question]]:
     """The model, its tokenizer and the questions that a command names."""
     questions = load_questions(source.data, source.limit or None, question_seed)
-    folder = find_folder(source.model)
-    tokenizer = StepTokenizer.load(folder, read_template(source.prompt))  # first: a tokenizer of another model is told by its size
+    folder, tokenizer = find_source(source)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
-    if not (folder / "value_head.safetensors").exists():
-        print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
-    dtype = torch.bfloat16 if source.dtype == "bfloat16" else torch.float32
-    return load_model(folder, device, dtype, source.seed), tokenizer, questions
+    return load_model(folder, device, getattr(torch, source.dtype), source.seed), tokenizer, questions
 
 
-def save_model(model: Llama, folder: str | Path):
-    """Write config.json, model.safetensors and value_head.safetensors; the folder opens in transformers and vLLM.
+def save_model(model: Llama, folder: str | Path, state: dict[str, Tensor] | None = None):
+    """Write config.json, model.safetensors and value_head.safetensors; the folder opens in transformers and vLLM. `state`
+    replaces the model's own tensors where those are shards.
 
     Each file appears whole or not at all, config.json last: a folder that holds config.json is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.detach().contiguous().cpu() for key, tensor in model.state_dict().items()}
+    state = {key: tensor.detach().contiguous().cpu() for key, tensor in (state or model.state_dict()).items()}
     head = {key: state.pop(key) for key in list(state) if key.startswith("value_head.")}
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     fixed = {key: value for key, value in REQUIRED.items() if key in ("hidden_act", "attention_bias", "mlp_bias")}

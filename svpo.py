@@ -9,11 +9,18 @@ Dimension key: B rows, T tokens, M sampled tokens, E nodes of the forest (a step
 P pairs of siblings, V vocabulary.
 """
 import dataclasses
+import itertools
+import math
+import statistics
 from dataclasses import dataclass, field
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = 2**24  # logits computed at once: 64 MB in float32
 
 
 class InputError(ValueError):
@@ -85,58 +92,83 @@ def flatten(tree: Tree):
     return order, length
 
 
+def parts(tree: Tree, row_tokens: int):
+    """(size, depth-first order, subtree lengths) of the tree; where it is longer than a row it is cut between the root's
+    children, and each part begins with the root."""
+    order, length = flatten(tree)
+    pieces, cut = [order[:1]], 0 < row_tokens < length[0]
+    used = prefix = len(tree.nodes[0].tokens)
+    for index, position in order[1:]:
+        if cut and tree.nodes[index].parent == 0 and used > prefix and used + length[index] > row_tokens:
+            pieces.append(order[:1])
+            used = prefix
+        pieces[-1].append((index, position))
+        used += len(tree.nodes[index].tokens)
+    sizes = [sum(len(tree.nodes[index].tokens) for index, _ in piece) for piece in pieces]
+    return [(size, piece, [size, *length[1:]]) for size, piece in zip(sizes, pieces)]
+
+
 def pack(trees: list[Tree], row_tokens: int = 0) -> Pack:
-    """Pack trees into rows of at most `row_tokens` tokens, or of the largest tree if that is longer (first fit,
-    largest first). Every node keeps its place in `node_E`, so losses do not depend on the packing."""
-    flat = [flatten(tree) for tree in trees]
-    size = [length[0] for _, length in flat]
-    width = max([row_tokens, *size])
-    free, place = [], {}  # tokens left in each row; tree -> (row, column)
-    for index in sorted(range(len(trees)), key=lambda index: -size[index]):
-        row = next((row for row, left in enumerate(free) if left >= size[index]), len(free))
+    """Pack trees into rows of at most `row_tokens` tokens (first fit, largest first; 0: the largest tree's size). A longer
+    tree is cut between the root's children, the root's tokens repeated; a part that is still longer lengthens the rows.
+    Every node keeps its place in `node_E`, so losses do not depend on the packing."""
+    pieces = [(index, *part) for index, tree in enumerate(trees) for part in parts(tree, row_tokens)]
+    width = max([row_tokens, *(size for _, size, _, _ in pieces)])
+    free, place = [], {}  # tokens left in each row; piece -> (row, column)
+    for index in sorted(range(len(pieces)), key=lambda index: -pieces[index][1]):
+        size = pieces[index][1]
+        row = next((row for row, left in enumerate(free) if left >= size), len(free))
         if row == len(free):
             free.append(width)
         place[index] = (row, width - free[row])
-        free[row] -= size[index]
+        free[row] -= size
     width -= min(free)
     token = [[0] * width for _ in free]
     position = [[0] * width for _ in free]
     end = [list(range(1, width + 1)) for _ in free]
-    target, predictor, owner, last, nodes, first_node = [], [], [], [], [], []
-    for index, tree in enumerate(trees):
-        row, column = place[index]
-        base, tails = len(nodes), {-1: None}
-        first_node.append(base)
-        last += [0] * len(tree.nodes)
-        for node_index, depth in flat[index][0]:
-            node, length = tree.nodes[node_index], flat[index][1][node_index]
+    first_node = [0, *itertools.accumulate(len(tree.nodes) for tree in trees)]
+    target, predictor, owner, last = [], [], [], [0] * first_node.pop()
+    for number, (tree_index, _, order, lengths) in enumerate(pieces):
+        (row, column), base, tails = place[number], first_node[tree_index], {-1: None}
+        for index, depth in order:
+            node = trees[tree_index].nodes[index]
             count = len(node.tokens)
             token[row][column:column + count] = node.tokens
             position[row][column:column + count] = range(depth, depth + count)
-            end[row][column:column + count] = [column + length] * count
+            end[row][column:column + count] = [column + lengths[index]] * count
             before = tails[node.parent]
             for offset, sampled in enumerate(node.sampled):
                 here = row * width + column + offset
                 if sampled and before is not None:
                     target.append(here)
                     predictor.append(before)
-                    owner.append(base + node_index)
+                    owner.append(base + index)
                 before = here
-            tails[node_index] = last[base + node_index] = before
+            tails[index] = last[base + index] = before
             column += count
-        nodes += tree.nodes
     tensors = [torch.tensor(part, dtype=torch.long) for part in (token, position, end, target, predictor, owner, last)]
-    return Pack(*tensors, nodes, first_node)
+    return Pack(*tensors, [node for tree in trees for node in tree.nodes], first_node)
 
 
-# --------------------------------------------------------------------------------------------- objective
+def tree_mask(subtree_end_BT: Tensor) -> Tensor:
+    """Boolean mask (B, 1, T, T) of a depth-first packed forest: token q sees token k iff k <= q < subtree_end[k].
+
+    That is causality, ancestry, separation of siblings and isolation of packed documents in one line.
+    """
+    index_T = torch.arange(subtree_end_BT.shape[1], device=subtree_end_BT.device)
+    query, key = index_T[:, None], index_T[None, :]
+    return ((key <= query) & (query < subtree_end_BT[:, None, :])).unsqueeze(1)
+
+
+# --------------------------------------------------------------------------------------------- objectives
 
 @dataclass(frozen=True)
 class LossConfig:
     """The objective. All weights and thresholds are our choice: the paper's constants are unknown."""
-    beta: float = flag(0.3, "strength of the reference in step-DPO; CPL: 0.3", least=0)
-    policy_weight: float = flag(0.5, "weight of step-DPO", built_in=0.05, least=0)
-    sft_weight: float = flag(0.5, "weight of SFT on correct solutions (a_sft)", built_in=1.0, least=0)
+    objective: str = flag("svpo", "svpo, step-dpo, dpo (whole solutions), rft, alphamath or grpo")
+    beta: float = flag(0.3, "strength of the reference in DPO; CPL: 0.3", least=0)
+    policy_weight: float = flag(0.5, "weight of the preference loss", built_in=0.05, least=0)
+    sft_weight: float = flag(0.5, "weight of the likelihood of good steps (a_sft)", built_in=1.0, least=0)
     mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0)
     margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)", least=0)
     margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for", least=0)
@@ -182,29 +214,58 @@ def sibling_pairs(tree: Tree, pairs: str = "all", min_gap: float = 0.0) -> list[
     return [(w, l, weight) for w, l in sorted(found)]
 
 
-def drop_unvisited(tree: Tree) -> Tree:
-    """The tree without the nodes that search never evaluated: no loss reads them."""
-    place, nodes = {-1: -1}, []
-    for index, node in enumerate(tree.nodes):
-        if index == 0 or node.visit_count:
-            place[index] = len(nodes)
-            nodes.append(dataclasses.replace(node, parent=place[node.parent]))
-    return dataclasses.replace(tree, nodes=nodes)
+def path(tree: Tree, index: int) -> list[int]:
+    """The nodes of a partial solution, from below the root to `index`."""
+    return path(tree, tree.nodes[index].parent) + [index] if index > 0 else []
 
 
-def sft_nodes(tree: Tree) -> list[bool]:
-    """Steps of correct solutions (our choice): a correct terminal at or below, and Q > 0, also of every ancestor step."""
+def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
+    """The last steps of the best whole solution and the worst, weight 1: a correct one of highest mean Q along its path and
+    a wrong one of lowest (our choice)."""
+    def q(index):
+        return statistics.fmean(tree.nodes[step].q_value for step in path(tree, index))
+    correct, wrong = ([index for index, node in enumerate(tree.nodes) if index and node.reward == reward] for reward in (1.0, -1.0))
+    return [(max(correct, key=q), min(wrong, key=q), 1.0)] if correct and wrong else []
+
+
+def good_steps(tree: Tree) -> list[tuple[float, float]]:
+    """Of each node, weight and count of its tokens' log-likelihood, as in the next three. SVPO's extra SFT term, our choice:
+    steps with a correct terminal at or below and Q > 0, also of every ancestor step."""
     correct, _ = outcomes_below(tree)
     kept = [True] + [False] * (len(tree.nodes) - 1)
     for index, node in enumerate(tree.nodes[1:], 1):
         kept[index] = kept[node.parent] and correct[index] > 0 and node.visit_count > 0 and node.q_value > 0
-    kept[0] = False
-    return kept
+    return [(float(good), float(good)) for good in [False, *kept[1:]]]
 
 
-def token_logp(logits_MV: Tensor, token_M: Tensor) -> Tensor:
-    """log pi of each token, float32, from the logits of the position that predicts it."""
-    return -F.cross_entropy(logits_MV.float(), token_M, reduction="none")
+def correct_solutions(tree: Tree) -> list[tuple[float, float]]:
+    """Every correct solution once: a step counts as often as it is part of one (RFT, arXiv 2308.01825; AlphaMath eq. 7)."""
+    return [(float(count), float(count)) for count in outcomes_below(tree)[0]]
+
+
+def group_advantages(tree: Tree) -> list[tuple[float, float]]:
+    """GRPO (arXiv 2402.03300 eq. 3, one step on fresh samples, no KL term): each sample's advantage (r - mean r) / std r
+    on all its tokens. Where N samples of mean reward Q share a step, that sums to N (Q - Q_root) / std r."""
+    mean = tree.nodes[0].q_value
+    spread = math.sqrt(max(0.0, 1 - mean * mean))  # of rewards that are +1 or -1
+    return [((node.visit_count * (node.q_value - mean) / spread if spread else 0.0), float(node.visit_count)) for node in tree.nodes]
+
+
+def all_steps(tree: Tree) -> list[tuple[float, float]]:
+    """SFT on worked solutions."""
+    return [(1.0, 1.0)] * len(tree.nodes)
+
+
+def token_logp(hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor) -> Tensor:
+    """log pi of each token, float32, from the final hidden state that predicts it. The logits exist for a chunk of tokens
+    at a time, also in the backward pass, which computes them again: no (M, V) matrix is kept."""
+    def chunk_logp(hidden_CD, token_C):
+        return -F.cross_entropy(F.linear(hidden_CD, weight_VD).float(), token_C, reduction="none")
+    size = max(1, LOGITS // len(weight_VD))
+    if len(token_M) <= size:
+        return chunk_logp(hidden_MD, token_M)
+    return torch.cat([checkpoint(chunk_logp, hidden_CD, token_C, use_reentrant=False)
+                      for hidden_CD, token_C in zip(hidden_MD.split(size), token_M.split(size))])
 
 
 def step_logp(logp_M: Tensor, node_M: Tensor, nodes: int) -> Tensor:
@@ -234,42 +295,106 @@ def value_margin(value_win_P: Tensor, value_lose_P: Tensor, margin: float) -> Te
     return F.relu(margin - (value_win_P - value_lose_P))
 
 
-def weighted_mean(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean, weighted; 0 (with a gradient path) where there is nothing to average."""
-    weight = torch.ones_like(x) if weight is None else weight.to(x.dtype)
-    return (x * weight).sum() / weight.sum().clamp(min=1e-8)
+@dataclass(frozen=True)
+class Objective:
+    """What is learned from a tree; a new one is an entry of OBJECTIVES."""
+    pairs: Callable | None = None  # (tree, config.pairs, config.min_gap) -> [(winner, loser, weight)]
+    likelihood: Callable | None = None  # tree -> [(weight, count)], one for each node
+    value: bool = False  # V learns: squared error against Q, and the margin of pairs
+    whole: bool = False  # a pair compares whole solutions, not two steps after the same prefix
+    preference: Callable = step_dpo
 
 
-def svpo_loss(logp_M: Tensor, value_E: Tensor, pack: Pack, trees: list[Tree], config: LossConfig) -> dict[str, Tensor]:
-    """The objective over a packed forest: policy + a_sft * SFT + a_mse * MSE + a_margin * margin (SVPO summary).
+OBJECTIVES = {
+    "svpo": Objective(sibling_pairs, good_steps, value=True),
+    "step-dpo": Objective(sibling_pairs),
+    "dpo": Objective(solution_pair, whole=True),
+    "rft": Objective(likelihood=correct_solutions),
+    "alphamath": Objective(likelihood=correct_solutions, value=True),
+    "grpo": Objective(likelihood=group_advantages),  # its trees are groups of samples of the policy as it is
+    "sft": Objective(likelihood=all_steps),  # its trees are worked solutions
+}
 
-    `logp_M` are the policy's log-probabilities of the pack's sampled tokens, `value_E` its values of the pack's nodes;
-    the reference is the policy that grew the trees, as recorded in them. Returns the total under "loss", each term
-    unweighted, and the figures to watch.
-    """
-    device = logp_M.device
-    nodes = pack.node_E
-    node_M = pack.node_M.to(device)
-    policy_E = step_logp(logp_M, node_M, len(nodes))
-    ref_E = torch.tensor([node.logp for node in nodes], device=device)
-    q_E = torch.tensor([node.q_value for node in nodes], device=device)
-    visited_E = torch.tensor([node.visit_count > 0 for node in nodes], device=device)
-    good_E = torch.tensor([good for tree in trees for good in sft_nodes(tree)], device=device)
-    found = [(first + w, first + l, weight) for tree, first in zip(trees, pack.first_node)
-             for w, l, weight in sibling_pairs(tree, config.pairs, config.min_gap)]
-    win_P, lose_P = (torch.tensor([pair[side] for pair in found], dtype=torch.long, device=device) for side in (0, 1))
-    weight_P = torch.tensor([pair[2] for pair in found], device=device)
-    terms = {
-        "policy": weighted_mean(step_dpo(policy_E[win_P], policy_E[lose_P], ref_E[win_P], ref_E[lose_P], config.beta), weight_P),
-        "sft": -weighted_mean(logp_M, good_E[node_M]),
-        "mse": weighted_mean(value_mse(value_E, q_E), visited_E),
-        "margin": weighted_mean(value_margin(value_E[win_P], value_E[lose_P], config.margin), weight_P)}
-    loss = (config.policy_weight * terms["policy"] + config.sft_weight * terms["sft"]
-            + config.mse_weight * terms["mse"] + config.margin_weight * terms["margin"])
-    with torch.no_grad():
-        reward_E = config.beta * (policy_E - ref_E)
-        figures = {"pairs": torch.tensor(float(len(found))),
-                   "win_reward": weighted_mean(reward_E[win_P], weight_P), "lose_reward": weighted_mean(reward_E[lose_P], weight_P),
-                   "reward_accuracy": weighted_mean((reward_E[win_P] > reward_E[lose_P]).float(), weight_P),
-                   "value_accuracy": weighted_mean((value_E[win_P] > value_E[lose_P]).float(), weight_P)}
-    return {"loss": loss, **terms, **figures}
+
+@dataclass
+class Lesson:
+    """What an objective reads off one tree."""
+    tree: Tree  # without the steps that no loss reads
+    pairs: list[tuple[list[int], list[int], float]]  # nodes whose log pi add up on the winner's side, on the loser's; weight
+    likelihood: list[tuple[float, float]]  # of each node: weight and count of its tokens' log pi
+    value: list[bool]  # of each node: whether V learns its Q
+    pairwise_tokens: int = 0  # what training pair by pair would feed: prefix and step, for both sides
+
+
+def learn(tree: Tree, config: LossConfig) -> Lesson:
+    """The lesson of a tree under `config.objective`."""
+    objective = OBJECTIVES[config.objective]
+    pairs = [(*(path(tree, index) if objective.whole else [index] for index in pair[:2]), pair[2])
+             for pair in (objective.pairs(tree, config.pairs, config.min_gap) if objective.pairs else [])]
+    likelihood = objective.likelihood(tree) if objective.likelihood else [(0.0, 0.0)] * len(tree.nodes)
+    value = [objective.value and node.visit_count > 0 for node in tree.nodes]
+    read = {index for win, lose, _ in pairs for index in win + lose}
+    keep = [value[index] or likelihood[index][1] > 0 or index in read for index in range(len(tree.nodes))]
+    for index in range(len(tree.nodes) - 1, 0, -1):
+        keep[tree.nodes[index].parent] |= keep[index]
+    keep[0] = True
+    kept = [index for index in range(len(tree.nodes)) if keep[index]]
+    place = {-1: -1} | {index: new for new, index in enumerate(kept)}
+    nodes = [dataclasses.replace(tree.nodes[index], parent=place[tree.nodes[index].parent]) for index in kept]
+    pairwise = sum(len(tree.nodes[step].tokens) for pair in pairs for side in pair[:2] for step in [0, *path(tree, side[-1])])
+    return Lesson(dataclasses.replace(tree, nodes=nodes),
+                  [([place[index] for index in win], [place[index] for index in lose], weight) for win, lose, weight in pairs],
+                  [likelihood[index] for index in kept], [value[index] for index in kept], pairwise)
+
+
+class Batch:
+    """Lessons in one pack, as tensors on `device`: pairs P, and vectors over the nodes E of the pack."""
+    def __init__(self, lessons: list[Lesson], row_tokens: int = 0, device="cpu"):
+        self.packed = packed = pack([lesson.tree for lesson in lessons], row_tokens)
+        pairs = [([first + index for index in win], [first + index for index in lose], weight)
+                 for lesson, first in zip(lessons, packed.first_node) for win, lose, weight in lesson.pairs]
+        likelihood = torch.tensor([pair for lesson in lessons for pair in lesson.likelihood]).T
+        self.needed_E = likelihood[1] > 0  # whose log pi a loss reads
+        self.needed_E[[index for win, lose, _ in pairs for index in win + lose]] = True
+
+        def tensor(values, dtype=torch.float32):
+            return torch.tensor(values, dtype=dtype, device=device)
+        self.win_P, self.lose_P = (tensor([pair[side][-1] for pair in pairs], torch.long) for side in (0, 1))
+        self.sides = [tensor([[index for pair in pairs for index in pair[side]],  # nodes, and the pair each counts for
+                              [number for number, pair in enumerate(pairs) for _ in pair[side]]], torch.long) for side in (0, 1)]
+        self.weight_P, self.weight_E = tensor([pair[2] for pair in pairs]), likelihood[0].to(device)
+        self.value_E = tensor([float(value) for lesson in lessons for value in lesson.value])
+        self.ref_E, self.q_E = (tensor([getattr(node, name) for node in packed.node_E]) for name in ("logp", "q_value"))
+        self.counts = torch.tensor([sum(pair[2] for pair in pairs), likelihood[1][packed.node_M].sum(), self.value_E.sum(), len(pairs),
+                                    sum(len(node.tokens) for node in packed.node_E), sum(lesson.pairwise_tokens for lesson in lessons)],
+                                   dtype=torch.float64)
+
+
+COUNTS = ("pair_weight", "likelihood_tokens", "value_nodes", "pairs", "unique_tokens", "pairwise_tokens")  # Batch.counts
+COUNTED = {"policy": 0, "sft": 1, "mse": 2, "margin": 0, "win_reward": 0, "lose_reward": 0, "reward_accuracy": 0, "value_accuracy": 0,
+           "value_error": 2}  # which of them divides each sum of `loss_sums`, once it is that of the whole optimizer step
+
+
+def loss_sums(logp_M: Tensor, value_E: Tensor, node_M: Tensor, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+    """Sums over a batch, named as in COUNTED: the loss terms and the figures to watch. `logp_M` are the policy's
+    log-probabilities of the tokens of the nodes `node_M`, `value_E` its values of all nodes."""
+    objective, weight_P = OBJECTIVES[config.objective], batch.weight_P
+    policy_E = step_logp(logp_M, node_M, len(value_E))
+    (policy_win_P, policy_lose_P), (ref_win_P, ref_lose_P) = (
+        [x_E.new_zeros(len(weight_P)).index_add(0, pair_X, x_E[node_X]) for node_X, pair_X in batch.sides] for x_E in (policy_E, batch.ref_E))
+    value_win_P, value_lose_P = value_E[batch.win_P], value_E[batch.lose_P]
+    reward_win_P, reward_lose_P = (config.beta * gain_P.detach() for gain_P in (policy_win_P - ref_win_P, policy_lose_P - ref_lose_P))
+    terms = {"policy": weight_P * objective.preference(policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta),
+             "sft": -batch.weight_E[node_M] * logp_M,
+             "mse": batch.value_E * value_mse(value_E, batch.q_E),
+             "margin": objective.value * weight_P * value_margin(value_win_P, value_lose_P, config.margin),
+             "win_reward": weight_P * reward_win_P, "lose_reward": weight_P * reward_lose_P,
+             "reward_accuracy": weight_P * (reward_win_P > reward_lose_P), "value_accuracy": weight_P * (value_win_P > value_lose_P),
+             "value_error": batch.value_E * (value_E - batch.q_E).detach().abs()}
+    return {name: term.sum() for name, term in terms.items()}
+
+
+def total_loss(sums: dict[str, Tensor], counts: Tensor, config: LossConfig) -> Tensor:
+    """policy + a_sft * SFT + a_mse * MSE + a_margin * margin (SVPO summary), each term divided by its count."""
+    weights = {"policy": config.policy_weight, "sft": config.sft_weight, "mse": config.mse_weight, "margin": config.margin_weight}
+    return sum(weight * sums[name] / max(float(counts[COUNTED[name]]), 1e-8) for name, weight in weights.items())

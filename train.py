@@ -1,14 +1,14 @@
-"""The whole loop: SFT on worked solutions, then rounds of tree search and SVPO, then the table of answers.
+"""The whole loop: SFT on worked solutions, then rounds of tree search and training on the trees, then the table of answers.
 
     python train.py                                    built-in questions, a tiny model from scratch
     python train.py --model DIR --data FILE.jsonl      a real checkpoint on real questions
+    torchrun --nproc-per-node 8 train.py ...           each rank searches its share; training shards the model (FSDP2)
 
 A run folder holds config.json, log.jsonl (one line an optimizer step) and a folder a stage (sft, round1, ...) with the
-model in Hugging Face's layout, its trees and its eval.json. The same command, run again, goes on: finished stages and
-searched questions are kept, an optimizer phase that was interrupted starts again.
-
-Dimension key: M sampled tokens, E nodes of a pack.
+model in Hugging Face's layout, its trees and its eval.json. The same command, run again, goes on where it was: what is
+random depends on the seed and the step alone, so an interrupted run ends with the weights of an uninterrupted one.
 """
+import gc
 import json
 import math
 import os
@@ -16,40 +16,48 @@ import random
 import shutil
 import subprocess
 import sys
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import Question, StepTokenizer, arithmetic_tokenizer, is_built_in, keep_config, load_questions, parse_args, \
-    read_json, read_template, read_trees, resume_trees, run_command, solution_tree, write_json, write_tree
-from eval import AnswerConfig, answer_questions, forward_pack, grow_judged, print_table, rescore, sibling_accuracy
+from data import SourceConfig, StepTokenizer, find_folder, gather, is_built_in, keep_config, load_splits, once, parse_args, read_json, \
+    read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
+from eval import AnswerConfig, add_reference, answer_questions, describe, grow_groups, grow_judged, print_table, rescore, score, sibling_accuracy
+from experiments.arithmetic import arithmetic_tokenizer
 from mcts import SearchConfig, search_trees
-from model import Llama, LlamaConfig, find_folder, load_model, save_model
-from svpo import InputError, LossConfig, Tree, drop_unvisited, flag, pack, sibling_pairs, svpo_loss, weighted_mean
+from model import Llama, LlamaConfig, find_source, load_model, save_model
+from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, total_loss
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05)
+DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(SourceConfig):
     """What to train on, and where to write."""
     model: str = flag("tiny", "tiny (from scratch, built-in task only), a folder, a preset or a repository id")
     data: str = flag("arithmetic", "arithmetic (built in) or a JSONL file of training questions")
-    test_data: str = flag("", "JSONL file of test questions; empty: the last fifth of --data is held out")
-    prompt: str = flag("", "file with the text around {question}; empty: '{question}' and a line break")
     limit: int = flag(0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0)
+    seed: int = flag(0, "seed of weights, questions, sampling and data order")
+    test_data: str = flag("", "JSONL file of test questions; empty: the last fifth of --data is held out")
     test_limit: int = flag(500, "answer at most N test questions", least=1)
     sft_questions: int = flag(7000, "built-in task: worked solutions", least=1)
     search_questions: int = flag(4500, "built-in task: new questions a round, with answers only", least=1)
     valid_questions: int = flag(300, "built-in task: questions searched only to measure sibling accuracy", least=1)
-    rounds: int = flag(1, "rounds of search and SVPO; AlphaMath: 3", built_in=2, least=0)
+    rounds: int = flag(1, "rounds of search and training; AlphaMath: 3", built_in=2, least=0)
     out: str = flag("", "run folder; empty: runs/DATA-seedN")
-    seed: int = flag(0, "seed of weights, questions, sampling and data order")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
 
 
 @dataclass(frozen=True)
@@ -59,138 +67,162 @@ class TrainConfig:
     sft_batch: int = flag(16, "solutions a step", built_in=32, least=1)
     sft_lr: float = flag(2e-5, "peak learning rate of SFT", built_in=3e-3, least=0)
     tune_epochs: int = flag(2, "passes over a round's trees", least=1)
-    tune_batch: int = flag(4, "trees a step", built_in=8, least=1)
-    tune_lr: float = flag(1e-5, "peak learning rate of SVPO", built_in=5e-4, least=0)
-    row_tokens: int = flag(0, "pack trees into rows of this many tokens; the largest tree is the least", built_in=256, least=0)
+    tune_batch: int = flag(4, "trees a step, over all ranks", built_in=8, least=1)
+    tune_lr: float = flag(1e-5, "peak learning rate on trees", built_in=5e-4, least=0)
+    group: int = flag(8, "grpo: solutions sampled of each question", least=2)
+    row_tokens: int = flag(0, "pack trees into rows of this many tokens; 0: of the largest tree", built_in=256, least=0)
+    pack_tokens: int = flag(0, "tokens of one forward and backward pass, whole trees; 0: a rank's share of the step", least=0)
+    recompute: bool = flag(False, "keep only the blocks' inputs for the backward pass (activation checkpointing)")
+    save_every: int = flag(200, "optimizer steps between checkpoints", least=1)
     warmup: float = flag(0.03, "share of the steps with rising learning rate; cosine decay follows", least=0)
     weight_decay: float = flag(0.01, "AdamW's", least=0)
     clip: float = flag(1.0, "largest gradient norm", least=0)
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("more than one process is not supported yet; start with python, not torchrun")
-    run, train, search, losses, answering = stages
+    stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), sys.argv[1:] if argv is None else argv)
+    run, train, _, losses, _ = stages
     if is_built_in(run.data) and run.data != "arithmetic":
         raise InputError(f"--data {run.data}: training takes all splits of the built-in task: --data arithmetic")
     if (run.model == "tiny") != (run.data == "arithmetic"):
         raise InputError("--model tiny and --data arithmetic go together; real questions need a real --model")
+    if losses.objective not in OBJECTIVES.keys() - {"sft"}:
+        raise InputError(f"--objective {losses.objective}: there are {', '.join(sorted(OBJECTIVES.keys() - {'sft'}))}")
+    job = Job(*stages, device=join_ranks(run))
     splits = load_splits(run)
+    tokenizer = check_splits(job, splits)
     folder = Path(run.out or f"runs/{Path(run.data).stem}-seed{run.seed}")
-    model, tokenizer = load_start(run)
-    check_splits(splits, tokenizer, model, train, search)
     open_run(folder, stages)
-    rows, first = [], "sft" if train.sft_steps else "start"
+    previous, rows, first = start_folder(run, tokenizer, folder), [], "sft" if train.sft_steps else "start"
     for number in range(run.rounds + 1):
         stage = folder / (f"round{number}" if number else first)
         stage.mkdir(exist_ok=True)
-        if (stage / "config.json").exists():
-            model = load_model(stage, run.device)
-        elif stage.name != "start":  # the start is the model as it was given; it is not copied
-            log = Log(folder / "log.jsonl", stage.name)
-            if number:
-                trees = grow_trees(model, tokenizer, splits, number, stage, run, search)
-                tune(model, trees, train, losses, run.seed + number, log)
-            else:
-                sft(model, tokenizer, splits["sft"], train, run.seed, log)
-            save_stage(model, tokenizer, stage, run)
-        rows.append(evaluate(model, tokenizer, splits, stage, folder / first, run, search, answering))
+        if stage.name != "start":  # the start is the model as it was given
+            if not (stage / "config.json").exists():
+                train_stage(job, previous, stage, splits, number, tokenizer)
+            previous = stage
+        rows.append(evaluate(job, tokenizer, splits, previous, stage, folder / first))
         print_table(rows[-1:], f"after {stage.name}")
     print_table(rows, f"{folder}: {rows[0]['answers'][0]['questions']} unseen questions, seed {run.seed}; accuracy in %")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------- setting up
 
-def load_splits(run: RunConfig) -> dict[str, list]:
-    """Disjoint questions: sft (worked solutions), search (one list a round), valid (sibling accuracy) and test."""
-    if run.data == "arithmetic":
-        searched = load_questions("arithmetic:search", run.rounds * run.search_questions, run.seed)
-        return {"sft": load_questions("arithmetic:sft", run.sft_questions, run.seed),
-                "search": [searched[number::run.rounds] for number in range(run.rounds)],
-                "valid": load_questions("arithmetic:valid", run.valid_questions), "test": load_questions("arithmetic:test", run.test_limit)}
-    questions = load_questions(run.data, run.limit or None)
-    if run.test_data:
-        test = load_questions(run.test_data, run.test_limit)
+@dataclass(frozen=True)
+class Job:
+    """The configuration, and where to compute."""
+    run: RunConfig
+    train: TrainConfig
+    search: SearchConfig
+    losses: LossConfig
+    answering: AnswerConfig
+    device: str
+
+    def load(self, folder: Path) -> Llama:
+        """A whole copy of a model, for searching and answering."""
+        return load_model(folder, self.device, getattr(torch, self.run.dtype), self.run.seed)
+
+
+def join_ranks(run: RunConfig) -> str:
+    """Join the other ranks where FSDP is needed: with several of them, or to compute in bfloat16. Returns the device."""
+    single = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if not single or run.dtype != "float32":
+        dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.startswith("cuda") else "gloo", **single)
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")
+    if run.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return f"cuda:{torch.cuda.current_device()}" if run.device == "cuda" else run.device
+
+
+def check_splits(job: Job, splits: dict) -> StepTokenizer:
+    """The tokenizer. What does not fit, SFT without solutions and a checkpoint that does not load are refused: nothing is written yet."""
+    if job.run.model == "tiny":
+        tokenizer, context = StepTokenizer(arithmetic_tokenizer(), [0], read_template(job.run.prompt)), TINY["max_position_embeddings"]
     else:
-        held_out = max(1, len(questions) // 5)
-        questions, test = questions[:-held_out], questions[-held_out:][:run.test_limit]
-        print(f"no --test-data: the last {held_out} questions of {run.data} are held out for the table")
-    tested = {question.text for question in test}
-    kept = [question for question in questions if question.text not in tested]
-    if len(kept) < len(questions):
-        print(f"{len(questions) - len(kept)} training questions also stand in the test set and are dropped")
-    if not kept:
-        raise InputError(f"{run.data}: no question is left for training")
-    return {"sft": [question for question in kept if question.solution], "search": [kept] * run.rounds, "valid": [], "test": test}
-
-
-def load_start(run: RunConfig) -> tuple[Llama, StepTokenizer]:
-    """The model to start from, and its tokenizer with the prompt template."""
-    template = read_template(run.prompt)
-    if run.model == "tiny":
-        tokenizer = StepTokenizer(arithmetic_tokenizer(), [0], template)
-        config = LlamaConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), eos_token_id=0, **TINY)
-        return Llama(config).init_weights(run.seed).to(run.device), tokenizer
-    source = find_folder(run.model)
-    tokenizer = StepTokenizer.load(source, template)  # first: it tells a tokenizer of another model by its size
-    return load_model(source, run.device, seed=run.seed), tokenizer
-
-
-def check_splits(splits: dict, tokenizer: StepTokenizer, model: Llama, train: TrainConfig, search: SearchConfig):
-    """Refuse questions and solutions that do not fit, or SFT without solutions, before anything is written."""
-    context = model.config.max_position_embeddings
+        folder, tokenizer = find_source(job.run)
+        context = load_model(folder, "meta").config.max_position_embeddings
     for question in [question for name in ("valid", "test") for question in splits[name]] + sum(splits["search"], []):
-        tokenizer.encode_prompt(question, context - search.max_step_tokens)
-    if train.sft_steps and not splits["sft"]:
+        tokenizer.encode_prompt(question, context - job.search.max_step_tokens)
+    if job.train.sft_steps and not splits["sft"]:
         raise InputError("--sft-steps needs questions with worked solutions, and there is none")
-    for question in splits["sft"] if train.sft_steps else []:
+    for question in splits["sft"] if job.train.sft_steps else []:
         length = sum(len(node.tokens) for node in solution_tree(question, tokenizer).nodes)
         if length > context:
             raise InputError(f"question {question.id}: prompt and solution have {length} tokens, the model's context {context}")
+    return tokenizer
 
 
 def open_run(folder: Path, stages: tuple):
     """Make the run folder, or check that it belongs to the same configuration."""
     if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run; choose another --out")
+    command = ["git" if shutil.which("git") else "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    once(lambda: None)  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    keep_config(folder / "config.json", stages, free=("out", "device"), commit=commit)
+    keep_config(folder / "config.json", stages, free=("out", "device"), write=not int(os.environ.get("RANK", 0)), commit=commit)
 
 
-def save_stage(model: Llama, tokenizer: StepTokenizer, stage: Path, run: RunConfig):
-    """Write the stage's model with its tokenizer; config.json comes last, so a folder that has it is complete."""
-    if run.model == "tiny":
-        tokenizer.tokenizer.save(str(stage / "tokenizer.json"))
-        (stage / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n')
-    else:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-                     "chat_template.jinja"):
-            if (find_folder(run.model) / name).exists():
-                shutil.copyfile(find_folder(run.model) / name, stage / name)
-    save_model(model, stage)
+def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path:
+    """The folder of the model to start from; the tiny one is drawn and written first."""
+    start = folder / "start"
 
-
-class Log:
-    """One JSON line an optimizer step. A stage that starts again forgets the lines of its first attempt."""
-    def __init__(self, path: Path, stage: str):
-        self.path, self.stage = path, stage
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["stage"] != stage))
-
-    def write(self, step: int, figures: dict):
-        line = {"stage": self.stage, "step": step, **{name: float(f"{value:.6g}") for name, value in figures.items()}}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    def write():
+        start.mkdir(exist_ok=True)
+        tokenizer.tokenizer.save(str(start / "tokenizer.json"))
+        (start / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n')
+        config = LlamaConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), eos_token_id=0, **TINY)
+        save_model(Llama(config).init_weights(run.seed), start)
+    if run.model == "tiny" and not (start / "config.json").exists():
+        once(write)
+    return start if run.model == "tiny" else find_folder(run.model)
 
 
 # --------------------------------------------------------------------------------------------- training
+
+def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int, tokenizer: StepTokenizer):
+    """Train the model in `previous` on the stage's data, and write it to `stage`."""
+    run, train, losses = job.run, job.train, job.losses
+    batch, lr, trees = train.tune_batch, train.tune_lr, []
+    if number == 0:
+        batch, lr, losses = train.sft_batch, train.sft_lr, LossConfig("sft", sft_weight=1.0)
+        trees = [solution_tree(question, tokenizer) for question in splits["sft"]]
+    elif losses.objective != "grpo":
+        trees = grow_trees(job, previous, stage, splits["search"][number - 1], number, tokenizer)
+    lessons = [lesson for lesson in (learn(tree, losses) for tree in trees) if len(lesson.tree.nodes) > 1]
+    if trees and not lessons:
+        raise InputError(f"{stage.name}: no tree has a step that --objective {losses.objective} learns from")
+    items = lessons or splits["search"][number - 1]
+    steps = max(1, train.tune_epochs * len(items) // batch) if number else train.sft_steps
+    gc.collect()  # the copy that searched goes before training shards its own
+    torch.cuda.empty_cache()
+    model = load_model(previous, job.device, seed=run.seed)  # float32, whatever it computes in
+    for block in model.model.layers:
+        block.recompute = train.recompute
+    shard(model, run.dtype)
+
+    def lessons_of(step: int) -> list[tuple[int, Lesson]]:
+        """This rank's share of a step's lessons, with their places in the step."""
+        mine = share(list(enumerate(order(len(items), run.seed + number, step * batch, batch))))
+        if lessons:
+            return [(place, lessons[index]) for place, index in mine]
+        groups = grow_groups(whole(model), tokenizer, [items[index] for _, index in mine], job.search, train.group, run.seed + number + 1000 * step)
+        return [(place, learn(tree, losses)) for (place, _), tree in zip(mine, groups)]
+    optimize(model, steps, lr, lessons_of, losses, train, run.seed + number, stage)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def save():
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
+            if (previous / name).exists():
+                shutil.copyfile(previous / name, stage / name)
+        save_model(model, stage, state)  # config.json comes last, so a folder that has it is complete
+        for path in stage.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    once(save)
+
 
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Share of the peak learning rate: linear over the first `warmup` of the steps, then a cosine down to 0."""
@@ -198,113 +230,169 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return min((step + 1) / rising, 0.5 * (1 + math.cos(math.pi * max(0, step - rising) / max(1, steps - rising))))
 
 
-def optimize(model: Llama, trees: list[Tree], steps: int, batch: int, lr: float, loss_of, train: TrainConfig, seed: int, log: Log):
-    """AdamW over shuffled trees: `loss_of(logp_M, value_E, pack, trees)` returns the figures of a step, "loss" among them."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay)
-    rng, order = random.Random(seed), []
-    torch.manual_seed(seed)  # of dropout, so that a stage does not depend on what ran before it
-    model.train()
-    with tqdm(range(steps), desc=log.stage, unit="step", mininterval=1.0, dynamic_ncols=True) as bar:
+def order(count: int, seed: int, start: int, batch: int) -> list[int]:
+    """Places `start` to `start + batch` in the endless row of shuffled passes over `count` items."""
+    passes = {number: random.Random(f"{seed} {number}").sample(range(count), count)
+              for number in range(start // count, (start + batch - 1) // count + 1)}
+    return [passes[number // count][number % count] for number in range(start, start + batch)]
+
+
+def shard(model: Llama, dtype: str):
+    """FSDP2, a block at a time: float32 weights in shards, computing in `dtype`, gradients summed in float32. Without a
+    process group (one process, float32) there is nothing to do."""
+    if not dist.is_initialized():
+        return
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def whole(model: Llama) -> Llama:
+    """The model itself, or an unsharded copy of it."""
+    if not dist.is_initialized():
+        return model
+    with torch.device("meta"):
+        copy = Llama(model.config)
+    copy.load_state_dict({name: parameter.detach().full_tensor() for name, parameter in model.named_parameters()}, assign=True)
+    return copy
+
+
+def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig, train: TrainConfig, seed: int, stage: Path):
+    """AdamW over `steps` steps, from the stage's last checkpoint on. `lessons_of(step)`: this rank's (place, lesson) pairs."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay,
+                                  fused=next(model.parameters()).is_cuda)
+    first = load_checkpoint(stage, model, optimizer)
+    once(lambda: forget(stage, first))
+    with tqdm(range(first, steps), stage.name, initial=first, total=steps, unit="step", mininterval=1.0, dynamic_ncols=True,
+              disable=int(os.environ.get("RANK", 0)) > 0) as bar:
         for step in bar:
-            if len(order) < batch:
-                order += rng.sample(range(len(trees)), len(trees))
-            chosen, order = [trees[index] for index in order[:batch]], order[batch:]
-            packed = pack(chosen, train.row_tokens)
-            figures = loss_of(*forward_pack(model, packed), packed, chosen)
-            if not torch.isfinite(figures["loss"]):
-                raise InputError(f"{log.stage}, step {step}: the loss is {figures['loss'].item()}; lower the learning rate")
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step, steps, train.warmup)
-            optimizer.zero_grad()
-            figures["loss"].backward()
+            begin = time.perf_counter()
+            figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+            figures["grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+                raise InputError(f"{stage.name}, step {step}: the loss is {figures['loss']}, its gradient norm {figures['grad_norm']}; the last "
+                                 "checkpoint is kept; start again with another --out and a lower learning rate")
+            for group in optimizer.param_groups:
+                group["lr"] = figures["lr"] = lr * schedule(step, steps, train.warmup)
             optimizer.step()
-            shown = {name: value.item() for name, value in figures.items()} | {
-                "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-            log.write(step, shown)
-            bar.set_postfix_str(", ".join(f"{name} {shown[name]:.3f}" for name in ("loss", "policy", "mse") if name in shown))
-    model.eval()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - begin
+            figures |= {"pairs": counts["pairs"]} | {f"{name}_s": counts[name] / seconds for name in ("unique_tokens", "pairwise_tokens")}
+            line = {"stage": stage.name, "step": step, **{name: float(f"{value:.9g}") for name, value in figures.items()}}
+            with open(stage.parent / "log.jsonl" if not bar.disable else os.devnull, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if (step + 1) % train.save_every == 0 and step + 1 < steps:
+                save_checkpoint(stage, model, optimizer, step + 1)
+            bar.set_postfix_str(", ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "policy", "mse") if name in figures))
 
 
-def sft(model: Llama, tokenizer: StepTokenizer, questions: list[Question], train: TrainConfig, seed: int, log: Log):
-    """Supervised fine-tuning on worked solutions: each is a tree with one branch."""
-    trees = [solution_tree(question, tokenizer) for question in questions]
-    optimize(model, trees, train.sft_steps, train.sft_batch, train.sft_lr,
-             lambda logp_M, value_E, packed, chosen: {"loss": -weighted_mean(logp_M)}, train, seed, log)
+def backward(model: Llama, mine: list[tuple[int, Lesson]], losses: LossConfig, train: TrainConfig, seed: int, step: int):
+    """Gradients of one step: every sum is divided by its count over all passes and ranks. Returns (figures, counts)."""
+    device, groups, left = next(model.parameters()).device, [], 0
+    for place, lesson in mine:
+        left -= sum(len(node.tokens) for node in lesson.tree.nodes)
+        if not groups or left < 0 < train.pack_tokens:
+            groups.append([])
+            left = train.pack_tokens - sum(len(node.tokens) for node in lesson.tree.nodes)
+        groups[-1].append((place, lesson))
+    batches = [Batch([lesson for _, lesson in group], train.row_tokens, device) for group in groups]
+    counts = sum((batch.counts for batch in batches), torch.zeros(len(COUNTS), dtype=torch.float64))
+    passes, ranks = torch.tensor(len(groups)), 1
+    if dist.is_initialized():
+        ranks = dist.get_world_size()
+        dist.all_reduce(counts)
+        dist.all_reduce(passes, dist.ReduceOp.MAX)
+    totals = torch.zeros(len(COUNTED) + 1, dtype=torch.float64)
+    for _ in range(len(groups), int(passes)):  # others have more passes, and FSDP's are common ones
+        groups.append([(0, Lesson(Tree("", "", "", [TreeNode(-1, [0], [False])]), [], [(0.0, 0.0)], [False]))])
+        batches.append(Batch([groups[-1][0][1]], device=device))
+    for group, batch in zip(groups, batches):
+        dropout_ED = None
+        if OBJECTIVES[losses.objective].value:  # the same for a tree wherever it is computed
+            dropout_ED = torch.cat([torch.rand(len(lesson.tree.nodes), model.config.hidden_size, generator=torch.Generator().manual_seed(
+                zlib.crc32(f"{seed} {step} {place}".encode()))) for place, lesson in group]).ge(DROPOUT).to(device) / (1 - DROPOUT)
+        sums = loss_sums(*score(model, batch.packed, batch.needed_E, dropout_ED), batch, losses)
+        loss = total_loss(sums, counts, losses)
+        (loss * ranks).backward()  # FSDP takes the mean over ranks
+        totals += torch.stack([loss.detach(), *(sums[name].detach() for name in COUNTED)]).cpu()
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    figures = {name: total / counts[COUNTED[name]] for name, total in zip(COUNTED, totals[1:]) if counts[COUNTED[name]]}
+    return {name: float(value) for name, value in ({"loss": totals[0]} | figures).items()}, dict(zip(COUNTS, counts.tolist()))
 
 
-def tune(model: Llama, trees: list[Tree], train: TrainConfig, losses: LossConfig, seed: int, log: Log):
-    """SVPO on a round's trees. The reference is the policy that grew them, by its recorded log-probabilities."""
-    kept = [tree for tree in map(drop_unvisited, trees) if len(tree.nodes) > 1]
-    if not kept:
-        raise InputError(f"{log.stage}: no tree has a step to learn from; see --cache-tokens and --max-step-tokens")
-    optimize(model, kept, max(1, train.tune_epochs * len(kept) // train.tune_batch), train.tune_batch, train.tune_lr,
-             lambda logp_M, value_E, packed, chosen: svpo_loss(logp_M, value_E, packed, chosen, losses), train, seed, log)
+def save_checkpoint(stage: Path, model: Llama, optimizer, step: int):
+    """Weights and optimizer state, each rank its shards; the folder appears whole or not at all."""
+    path, aside = stage / f"checkpoint-{step}", stage / "checkpoint.partial"
+    once(lambda: shutil.rmtree(aside, ignore_errors=True))
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside, no_dist=not dist.is_initialized())
+
+    def publish():
+        old = list(stage.glob("checkpoint-*"))
+        os.replace(aside, path)
+        for folder in old:
+            shutil.rmtree(folder)
+    once(publish)
 
 
-def grow_trees(model: Llama, tokenizer: StepTokenizer, splits: dict, number: int, stage: Path, run: RunConfig,
-               search: SearchConfig) -> list[Tree]:
-    """Search the round's questions; each tree is written as it ends, and questions that have one are not searched again."""
-    path = stage / "trees-0.jsonl"
-    trees = resume_trees(stage / "trees.jsonl")
-    done = {tree.id for tree in trees}
-    left = [question for question in splits["search"][number - 1] if question.id not in done]
-    with open(path, "a") as file:
-        for tree in search_trees(model, tokenizer, left, search, run.seed + number, f"{stage.name} search"):
-            write_tree(file, tree)
-            trees.append(tree)
+def load_checkpoint(stage: Path, model: Llama, optimizer) -> int:
+    """Load the last checkpoint, which may be of another number of ranks; the steps it has seen, 0 without one."""
+    paths = {int(path.name.split("-")[1]): path for path in stage.glob("checkpoint-*")}
+    if not paths:
+        return 0
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    dcp.load(state, checkpoint_id=paths[max(paths)], no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return max(paths)
+
+
+def forget(stage: Path, step: int):
+    """Drop the stage's lines from log.jsonl from `step` on: they are written again."""
+    path = stage.parent / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    path.write_text("".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step))
+
+
+# --------------------------------------------------------------------------------------------- trees and measuring
+
+def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: int, tokenizer: StepTokenizer) -> list[Tree]:
+    """Search the round's questions, each rank its share; each tree is written as it ends, and questions that have one are
+    not searched again. Their log-probabilities are replaced by those of one pass with the policy that grew them."""
+    model, rank, ranks = job.load(previous), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    done = {tree.id for tree in resume_trees(stage / "trees.jsonl", rank, ranks)}
+    once(lambda: None)  # all have read, before anybody writes
+    left = [question for question in share(questions) if question.id not in done]
+    with open(stage / f"trees-{rank}.jsonl", "a") as file:
+        write_trees(file, search_trees(model, tokenizer, left, job.search, job.run.seed + number, f"{stage.name} search"))
+    once(lambda: None)
+    found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
+    trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
     describe(trees, tokenizer)
+    if OBJECTIVES[job.losses.objective].pairs:
+        add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens)
     return trees
 
 
-def describe(trees: list[Tree], tokenizer: StepTokenizer):
-    """Print what a search found, and one tree's best pair of siblings as an example."""
-    outcomes = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
-    pairs = [sibling_pairs(tree) for tree in trees]
-    count = len(trees)
-    print(f"{count} trees: {100 * sum(1 in found for found in outcomes) / count:.1f} % with a correct solution, "
-          f"{sum(map(len, outcomes)) / count:.1f} finished solutions, {sum(map(len, pairs)) / count:.1f} pairs and "
-          f"{sum(tree.simulations for tree in trees) / count:.1f} effective simulations a tree")
-    tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
-    win, lose, _ = max(found, key=lambda pair: tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value) if found else (
-        min(1, len(tree.nodes) - 1), min(2, len(tree.nodes) - 1), 0)
-    path = []
-    parent = tree.nodes[win].parent
-    while parent > 0:
-        path.insert(0, tree.nodes[parent])
-        parent = tree.nodes[parent].parent
-    lines = [f"   question  {tree.question}"] + [f"       step  {tokenizer.tokenizer.decode(node.tokens).strip()}" for node in path]
-    for label, index in (("+", win), ("-", lose)):
-        node = tree.nodes[index]
-        lines.append(f" {label if found else ' '} {'sibling':>8}  {tokenizer.tokenizer.decode(node.tokens).strip()}   "
-                     f"(N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})")
-    print("\n".join(lines), flush=True)
-
-
-# --------------------------------------------------------------------------------------------- measuring
-
-def evaluate(model: Llama, tokenizer: StepTokenizer, splits: dict, stage: Path, first: Path, run: RunConfig,
-             search: SearchConfig, answering: AnswerConfig) -> dict:
-    """The stage's row of the table, from its eval.json where that exists.
-
-    Sibling accuracy is measured twice: on validation trees that the stage's own policy grew, and on those of the
-    `first` stage, which are the same pairs for every stage.
-    """
+def evaluate(job: Job, tokenizer: StepTokenizer, splits: dict, source: Path, stage: Path, first: Path) -> dict:
+    """The stage's row of the table, from its eval.json where that exists; `source` holds its model. Sibling accuracy is
+    measured on validation trees that its own policy grew, and on those of the `first` stage: the same pairs for all."""
     path = stage / "eval.json"
     if path.exists():
         return read_json(path)
-    row = {"stage": stage.name, "answers": [answer_questions(model, tokenizer, splits["test"], strategy, search, answering, run.seed)
+    model = job.load(source)
+    row = {"stage": stage.name, "answers": [answer_questions(model, tokenizer, splits["test"], strategy, job.search, job.answering, job.run.seed)
                                             for strategy in STRATEGIES]}
     if splits["valid"]:
-        trees = grow_judged(model, tokenizer, splits["valid"], search, run.seed, f"{stage.name} sibling accuracy")
-        row["siblings"] = sibling_accuracy(trees)
-        fixed = first / "valid-trees.jsonl"
+        trees = gather(grow_judged(model, tokenizer, share(splits["valid"]), job.search, job.run.seed, f"{stage.name} sibling accuracy"))
         if stage == first:
-            with open(fixed, "w") as file:
-                for tree in trees:
-                    write_tree(file, tree)
-        row["siblings_fixed"] = sibling_accuracy(rescore(model, read_trees(fixed)))
-    write_json(path, row)
+            once(lambda: write_trees(open(first / "valid-trees.jsonl", "w"), trees))
+        row["siblings"] = sibling_accuracy(trees)
+        row["siblings_fixed"] = sibling_accuracy(rescore(model, read_trees(first / "valid-trees.jsonl")))
+    once(lambda: write_json(path, row))
     return row
 
 

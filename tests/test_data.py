@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 
 import data
-from data import InputError, Question, StepTokenizer, arithmetic_questions, extract_answer, is_correct, load_questions, \
-    read_trees, solution_tree, split_of
+from data import InputError, Question, StepTokenizer, extract_answer, is_correct, load_questions, read_trees, solution_tree
+from experiments.arithmetic import MODULUS, SPLIT_SIZE, SPLITS, arithmetic_questions, split_of
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 def test_splits_are_disjoint_for_every_seed_and_size():
     """Catches a test question that is trained on or searched, whatever the seed and the counts."""
-    texts = {name: {question.text for seed in range(4) for question in arithmetic_questions(name, 400, seed)} for name in data.SPLITS}
+    texts = {name: {question.text for seed in range(4) for question in arithmetic_questions(name, 400, seed)} for name in SPLITS}
     for name, own in texts.items():
         assert all(split_of(text) == name for text in own)
         assert not own & set().union(*(other for key, other in texts.items() if key != name))
-    assert sum(len(owned) for owned in data.SPLITS.values()) == 256
+    assert sum(len(owned) for owned in SPLITS.values()) == 256
 
 
 def test_questions_are_reproducible_and_right():
@@ -28,7 +28,7 @@ def test_questions_are_reproducible_and_right():
     random.seed(2)
     assert first == arithmetic_questions("test", 200, 5) and len({question.text for question in first}) == 200
     for question in first:
-        assert int(question.answer) == eval(question.text) % data.MODULUS
+        assert int(question.answer) == eval(question.text) % MODULUS
         assert question.solution is None
 
 
@@ -39,7 +39,7 @@ def test_the_teacher_computes_well_but_takes_any_order():
     for question in questions:
         for line in question.solution.splitlines():
             operation, value = line.split(" ")[0].split("=")
-            assert eval(operation) % data.MODULUS == int(value)
+            assert eval(operation) % MODULUS == int(value)
         right += is_correct(extract_answer(question.solution), question.answer)
     assert 0.25 < right / len(questions) < 0.75
 
@@ -66,10 +66,10 @@ def test_is_correct(prediction, answer, same):
 def test_split_sizes():
     """Catches a stated capacity that is not the counted one, and a request for more questions that never ends."""
     from itertools import product
-    counted = dict.fromkeys(data.SPLITS, 0)
+    counted = dict.fromkeys(SPLITS, 0)
     for a, x, b, y, c, z, d in product(range(1, 7), "+-*", range(1, 7), "+-*", range(1, 7), "+-*", range(1, 7)):
         counted[split_of(f"{a}{x}{b}{y}{c}{z}{d}")] += 1
-    assert counted == data.SPLIT_SIZE
+    assert counted == SPLIT_SIZE
     with pytest.raises(InputError, match="only 2094"):
         arithmetic_questions("valid", 2095, 0)
 

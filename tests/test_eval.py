@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from eval import beam_search, best_value, diagnose, majority, plan, samples, sibling_accuracy, soft_auc, standard_error, tree_search
+from eval import beam_search, best_value, diagnose, majority, plan, samples, sibling_accuracy, soft_auc, tree_search
 from mcts import Node
 from svpo import InputError, Tree, TreeNode
 
@@ -117,4 +117,3 @@ def test_sibling_accuracy_counts_trees():
     assert figures["trees"] == 2 and figures["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
     assert figures["standard_error"] == pytest.approx(math.sqrt(2 * (1 / 3) ** 2 / 2))
     assert sibling_accuracy([tree(0.3)]) == {"trees": 0, "accuracy": None, "standard_error": None}
-    assert standard_error(0.5, 100) == pytest.approx(0.05)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from data import Question, StepTokenizer, extract_answer, read_trees, to_tree, write_tree
+from data import Question, StepTokenizer, extract_answer, read_trees, to_tree, write_trees
 from mcts import Driver, Node, SearchConfig, backup, expand, grader, mcts, puct, search_trees, select
 
 CONFIG = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, cache_tokens=3000)
@@ -244,13 +244,14 @@ def test_a_padded_vocabulary(tokenizer):
     """Catches sampled ids that the tokenizer does not have, and log-probabilities that disagree with training's."""
     from conftest import redraw, tiny_config
     from model import Llama
-    from eval import forward_pack
+    from eval import score
     from svpo import pack, step_logp
     model = redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size() + 9)), std=0.1).eval()
     trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
     packed = pack(trees)
     with torch.no_grad():
-        logp_E = step_logp(forward_pack(model, packed)[0], packed.node_M, len(packed.node_E))
+        logp_M, _, node_M = score(model, packed)
+        logp_E = step_logp(logp_M, node_M, len(packed.node_E))
     assert max(token for node in packed.node_E for token in node.tokens) < tokenizer.tokenizer.get_vocab_size()
     torch.testing.assert_close(logp_E, torch.tensor([node.logp for node in packed.node_E]), atol=1e-3, rtol=0)
 
@@ -321,8 +322,7 @@ def test_trees_survive_their_file(tmp_path, model, tokenizer):
     """Catches fields lost or rounded between search and training."""
     trees = list(search_trees(model, tokenizer, QUESTIONS[:3], CONFIG))
     with open(tmp_path / "trees.jsonl", "w") as file:
-        for tree in trees:
-            write_tree(file, tree)
+        write_trees(file, trees)
     assert read_trees(tmp_path / "trees.jsonl") == trees
 
 

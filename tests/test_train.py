@@ -13,8 +13,9 @@ import eval
 import mcts
 import train
 from conftest import ROOT
-from data import read_trees, run_command, split_of
+from data import read_trees, run_command
 from eval import rescore
+from experiments.arithmetic import split_of
 from model import load_model
 from train import schedule
 
@@ -47,7 +48,7 @@ def test_a_run_leaves_the_promised_folder(run):
     assert len(read_trees(base / "round1" / "trees-0.jsonl")) == 12
     lines = [json.loads(line) for line in open(base / "log.jsonl")]
     assert [sum(line["stage"] == stage for line in lines) for stage in ("sft", "round1", "round2")] == [40, 6, 6]
-    assert {"loss", "policy", "mse", "margin", "sft", "win_reward", "grad_norm"} <= lines[-1].keys()
+    assert {"loss", "policy", "mse", "margin", "sft", "win_reward", "grad_norm", "unique_tokens_s"} <= set().union(*lines)
     table = printed.split("unseen questions")[-1]
     assert all(word in table for word in ("greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "siblings own", "siblings fixed", "sft", "round1", "round2"))
 
