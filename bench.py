@@ -1,21 +1,20 @@
-"""Speed and memory of search and sampling against `transformers` generate, on the same weights, questions and token counts.
+"""Speed and memory against peers, on the same weights, questions, pairs and token counts.
 
-    python bench.py search --model FOLDER --data questions.jsonl --prompt prompts/word_problems.txt
-    python bench.py ranks --model ...      two ranks against one, one thread each
-    python bench.py growth --model ...     cost against simulations, live questions and prompt length
-    python bench.py profile --model ...    share of a tick in matrix products, attention, other kernels and Python
+    python bench.py search --model FOLDER --data questions.jsonl --prompt prompts/word_problems.txt     `transformers` generate
+    python bench.py train --model FOLDER --data questions.jsonl --prompt ... --trees trees.jsonl        TRL's DPOTrainer
 
-The peer is the same MCTS (mcts.mcts) whose expansions call `generate` for all live questions in lock-step: each child's
+The peer of search is the same MCTS (mcts.mcts) whose expansions call `generate` for all live questions in lock-step: each child's
 prefix is fed again (num_return_sequences copies the prompt before the first pass), its own KV cache serves within the
 call, each sequence stops at its line break, and its leaf values come free from the prompt pass. Budgets are equal;
 the random numbers, and with them the trees, differ. Sampling: one solution of exactly as many tokens for each of 32
-questions; we feed the prompt that they share once, the peer 32 times. Each measurement is a process of its own; the two
-sides alternate, and medians are printed. Needs the packages of tests/requirements.txt.
+questions; we feed the prompt that they share once, the peer 32 times. Training: one pass over the step pairs of searched
+trees, the prompt of their questions set anew by --prompt, at learning rate 0, so that all sides see the same losses; the
+policy is the model with a little noise, the reference the model. Each measurement is a process of its own; the sides
+alternate, and medians are printed. Needs the packages of tests/requirements.txt.
 """
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import statistics
@@ -23,16 +22,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, find_folder, parse_args, read_trees, run_command
-from eval import majority, samples
+from data import Question, SourceConfig, StepTokenizer, extract_answer, find_folder, load_questions, parse_args, read_trees, run_command
+from eval import majority, rescore, samples
 from mcts import Driver, Node, SearchConfig, grader, mcts
-from model import Llama, load_source
-from svpo import InputError, flag
+from model import Llama, find_source, load_model, load_source
+from svpo import InputError, Lesson, LossConfig, flag, learn, path
+from train import TrainConfig, optimize
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class BenchConfig:
     sample_tokens: int = flag(128, "tokens sampled of each of 32 questions in the sampling comparison", least=1)
     alternations: int = flag(3, "measurements of each side", least=1)
     prompt_tokens: int = flag(0, "make each question's prompt at least about this long", least=0)
-    side: str = flag("", "one measurement in this process", choices=("", "ours", "peer", "sample-ours", "sample-peer"))
+    trees: str = flag("", "train: file of searched trees of these questions")
+    batch: int = flag(8, "train: pairs an optimizer step", least=1)
+    side: str = flag("", "one measurement in this process")
 
 
 # --------------------------------------------------------------------------------------------- one measurement
@@ -64,6 +68,8 @@ def reset_peak():
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def report(begin: float, device: str, nodes: int, tokens: int, **more) -> dict:
@@ -214,7 +220,102 @@ def sample_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig)
     return report(begin, source.device, len(texts), sum(map(len, texts)), fed_tokens=peer.fed_tokens)
 
 
-SIDES = {"ours": search_ours, "peer": search_peer, "sample-ours": sample_ours, "sample-peer": sample_peer}
+def pairs_of(source: SourceConfig, config: BenchConfig) -> list[Lesson]:
+    """The trees that have pairs, under the prompt of this command; every pair weighs 1."""
+    _, tokenizer = find_source(source)
+    questions = {question.id: question for question in load_questions(source.data)}
+    lessons = []
+    for tree in read_trees(config.trees):
+        if tree.id not in questions:
+            raise InputError(f"{config.trees}: question {tree.id} is not among those of --data {source.data}")
+        prompt = tokenizer.encode_prompt(questions[tree.id])
+        tree.nodes[0] = replace(tree.nodes[0], tokens=prompt, sampled=[False] * len(prompt))
+        lesson = learn(tree, LossConfig("step-dpo"))
+        lessons += [replace(lesson, pairs=[(win, lose, 1.0) for win, lose, _ in lesson.pairs])] if lesson.pairs else []
+    if not lessons:
+        raise InputError(f"{config.trees}: no tree has a pair")
+    return lessons
+
+
+def steps_of(lessons: list[Lesson], config: BenchConfig) -> int:
+    """Optimizer steps of about `batch` pairs, each of one tree at least."""
+    return min(len(lessons), -(-sum(len(lesson.pairs) for lesson in lessons) // config.batch))
+
+
+def disturb(model):
+    """A little noise, the same for the same parameter names: a policy that is not its reference."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            parameter.add_(0.02 * parameter.std(correction=0) * noise.to(parameter.device))
+
+
+def train_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
+    lessons = pairs_of(source, config)
+    count = sum(len(lesson.pairs) for lesson in lessons)
+    steps = steps_of(lessons, config)
+    model = load_model(find_folder(source.model), source.device)
+    reset_peak()
+    begin = time.perf_counter()
+    lessons = [replace(lesson, tree=tree) for lesson, tree in zip(lessons, rescore(model, [lesson.tree for lesson in lessons]))]
+    reference = time.perf_counter() - begin
+    disturb(model)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Path(folder) / "stage"
+        stage.mkdir()
+        optimize(model, steps, 0.0, lambda step: list(enumerate(lessons))[step::steps], LossConfig("step-dpo", policy_weight=1.0),
+                 TrainConfig(), 0, stage)
+        rows = [json.loads(line) for line in open(stage.parent / "log.jsonl")]
+    tokens = sum(len(node.tokens) for lesson in lessons for node in lesson.tree.nodes)
+    return report(begin, source.device, 0, 0, reference=reference, processed=tokens, pairs=count, trees=len(lessons),
+                  loss=sum(row["loss"] * row["pairs"] for row in rows) / count)
+
+
+def train_trl(source: SourceConfig, config: BenchConfig, search: SearchConfig, precompute: bool = False) -> dict:
+    """DPOTrainer with its own collator, fed the token ids of the same pairs."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+    folder, rows, lessons = find_folder(source.model), [], pairs_of(source, config)
+    for lesson in lessons:
+        nodes = lesson.tree.nodes
+        for win, lose, _ in lesson.pairs:
+            prompt = sum((nodes[index].tokens for index in [0, *path(lesson.tree, nodes[win[-1]].parent)]), [])
+            rows.append({"prompt_ids": prompt, "chosen_ids": nodes[win[-1]].tokens, "rejected_ids": nodes[lose[-1]].tokens})
+    policy, *reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(1 if precompute else 2))
+    figures = {"processed": 0, "loss": 0.0, "reference": 0.0}
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *more):
+            return dataset  # token ids already
+
+        def _precompute_ref_logps(self, *more):
+            begin = time.perf_counter()
+            found = super()._precompute_ref_logps(*more)
+            figures["reference"] += time.perf_counter() - begin
+            return found
+
+        def compute_loss(self, model, inputs, *more, **named):
+            found = super().compute_loss(model, inputs, *more, **named)
+            figures["processed"] += int(inputs["attention_mask"].sum())
+            figures["loss"] += found.item() * len(inputs["input_ids"]) / 2 / len(rows)
+            return found
+    with tempfile.TemporaryDirectory() as out:
+        words = DPOConfig(output_dir=out, per_device_train_batch_size=-(-len(rows) // steps_of(lessons, config)), num_train_epochs=1, learning_rate=0.0, beta=0.3, bf16=False,
+                          gradient_checkpointing=False, max_length=None, precompute_ref_log_probs=precompute, report_to="none",
+                          save_strategy="no", logging_strategy="no", use_cpu=source.device == "cpu", disable_tqdm=True)
+        reset_peak()
+        trainer = Trainer(policy, *reference, args=words, train_dataset=Dataset.from_list(rows),
+                          processing_class=AutoTokenizer.from_pretrained(folder))  # computes the reference here, or not
+        disturb(policy)
+        begin = time.perf_counter()
+        trainer.train()
+    return report(begin, source.device, 0, 0, pairs=len(rows), trees=0, **figures)
+
+
+SIDES = {"ours": search_ours, "peer": search_peer, "sample-ours": sample_ours, "sample-peer": sample_peer, "train-ours": train_ours,
+         "trl": train_trl, "trl-precomputed": partial(train_trl, precompute=True)}
 
 
 # --------------------------------------------------------------------------------------------- tables
@@ -253,75 +354,42 @@ def compare(stages: tuple, alternations: int, title: str, ours: str, peer: str):
         f"{side} {row['fed_tokens'] / row['sampled_tokens']:.2f}" for side, row in median.items()), flush=True)
 
 
-def ranks(source: SourceConfig, config: BenchConfig, search: SearchConfig):
-    """Alternate mcts.py with one rank and with two, one thread each; loading is not timed."""
-    rates = {1: [], 2: []}
-    for number in range(2 * config.alternations):
-        count = 1 + number % 2
-        with tempfile.TemporaryDirectory() as folder:
-            words = flags(source, search, limit=config.questions, search_rows=config.live, out=f"{folder}/trees.jsonl")
-            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
-                                   str(Path(__file__).with_name("mcts.py")), *words],
-                                  capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            seconds = [float(found) for found in re.findall(r"trees in ([\d.]+) s", done.stdout)]
-            if done.returncode or len(seconds) != count:
-                raise InputError(f"{count} ranks failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-            trees = [tree for path in Path(folder).glob("trees*.jsonl") for tree in read_trees(path)]
-        rates[count].append(sum(len(tree.nodes) - 1 for tree in trees) / max(seconds))
-    one, two = (statistics.median(rates[count]) for count in (1, 2))
-    print(f"{config.questions} questions: one rank {one:.2f} nodes/s, two ranks {two:.2f} nodes/s, ratio {two / one:.2f} "
-          f"(medians of {config.alternations})")
-
-
-def growth(stages: tuple, live: int):
-    """Our cost against simulations, live questions and prompt length."""
-    def line(name, value, row):
-        print(f"{name:>14} {value:>5}: {row['seconds']:8.1f} s, {row['nodes_s']:8.2f} nodes/s, {row['tokens_s']:8.1f} tokens/s, "
-              f"{row['seconds'] / row['simulations']:.3f} s a simulation, {row['peak_mb']:.0f} MB", flush=True)
-    for count in (8, 16, 32, 64):
-        line("simulations", count, measure(stages, "ours", simulations=count, questions=live, cache_tokens=live * 16384))
-    for count in (1, 2, 4, 8, 16, 32, 64, 128):
-        line("live questions", count, measure(stages, "ours", simulations=4, live=count, questions=count, cache_tokens=count * 4096))
-    for count in (128, 256, 512, 1024):
-        row = measure(stages, "ours", simulations=8, prompt="", prompt_tokens=count, questions=live)
-        line("prompt tokens", row["prompt_tokens"], row)
-
-
-def profile(stages: tuple):
-    """Where a search's time goes, from the profiler of PyTorch."""
-    from torch.profiler import ProfilerActivity, profile as profiler
-    found = profiler(activities=[ProfilerActivity.CPU])
-    seconds = search_ours(*stages, watch=found)["seconds"]
-    kinds = {"matrix products": 0.0, "attention": 0.0, "other kernels": 0.0}
-    for event in found.key_averages():
-        if event.key.startswith("aten::"):
-            kind = "matrix products" if event.key in ("aten::mm", "aten::addmm", "aten::bmm") else (
-                "attention" if "scaled_dot_product" in event.key else "other kernels")
-            kinds[kind] += event.self_cpu_time_total / 1e6
-    kinds["Python and the rest"] = seconds - sum(kinds.values())
-    print(f"{seconds:.1f} s of search: " + ", ".join(f"{kind} {100 * spent / seconds:.1f} %" for kind, spent in kinds.items()))
+def compare_training(stages: tuple, alternations: int):
+    """Alternate our training and TRL's; print medians and ratios."""
+    rows = {"train-ours": [], "trl": [], "trl-precomputed": []}
+    for _ in range(alternations):
+        for side in rows:
+            rows[side].append(measure(stages, side))
+    median = {side: {key: statistics.median(row[key] for row in found) for key in found[0]} for side, found in rows.items()}
+    for row in median.values():
+        row["whole"] = row["seconds"] + row["reference"]
+    ours = median["train-ours"]
+    print(f"one pass over {ours['pairs']:.0f} pairs of {ours['trees']:.0f} trees, medians of {alternations}\n"
+          f"{'':18}{'seconds':>9}{'reference':>11}{'tokens':>9}{'peak MB':>9}{'loss':>12}   ratio of seconds with reference, tokens, peak")
+    for side, row in median.items():
+        ratios = ", ".join(f"{row[key] / ours[key]:.2f}" for key in ("whole", "processed", "peak_mb"))
+        print(f"{side:18}{row['seconds']:9.1f}{row['reference']:11.1f}{row['processed']:9.0f}{row['peak_mb']:9.0f}{row['loss']:12.6f}   {ratios}")
 
 
 def main():
     command, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("", "-h", "--help"):
         words = ["--help"]
-    elif command not in ("search", "ranks", "growth", "profile"):
-        raise InputError(f"bench.py {command}: there are search, ranks, growth and profile")
+    elif command not in ("search", "train"):
+        raise InputError(f"bench.py {command}: there are search and train")
     stages = parse_args(__doc__, (SourceConfig, BenchConfig, SearchConfig), words, ("model", "data"))
     _, config, search = stages
+    if config.side and config.side not in SIDES:
+        raise InputError(f"--side {config.side}: there are {', '.join(SIDES)}")
     if config.side:
         print(json.dumps(SIDES[config.side](*stages)))
     elif command == "search":
         compare(stages, config.alternations, f"MCTS, {config.questions} questions, {config.live} at once, "
                 f"{search.simulations} simulations of {search.expand_width}", "ours", "peer")
         compare(stages, config.alternations, f"sampling, 32 questions, {config.sample_tokens} tokens each", "sample-ours", "sample-peer")
-    elif command == "ranks":
-        ranks(*stages)
-    elif command == "growth":
-        growth(stages, config.live)
     else:
-        profile(stages)
+        pairs_of(*stages[:2])
+        compare_training(stages, config.alternations)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from data import Question, SourceConfig, StepTokenizer, extract_answer, gather, is_correct, load_questions, once, parse_args, read_trees, \
     run_command, share, to_tree, write_json
+from experiments.reports import draw_budget, print_diagnosis
 from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
 from model import Llama, block_mask, load_source
-from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, path, sibling_pairs, step_logp, token_logp, tree_mask
+from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp, tree_mask
 
 BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "best") for count in (2, 4, 8, 16, 32)),
           "beam:1,2", "beam:1,3", "beam:1,5", "beam:1,10", "beam:2,5", "beam:3,5", "beam:5,5", "mcts:2", "mcts:4", "mcts:8", "mcts:16")
@@ -125,17 +126,20 @@ class Plan:
     start: Callable  # (question, root) -> generator
 
 
+SEARCHES = {}  # further ones: name -> function of (the numbers after its name, SearchConfig, temperature) that returns a Plan
+
+
 def plan(strategy: str, search: SearchConfig = SearchConfig(), config: AnswerConfig = AnswerConfig(), seed: int = 0) -> Plan:
     """`greedy`, `sampled`, `majority:K`, `best:K`, `beam:B1,B2` or `mcts:SIMULATIONS`; other names raise InputError."""
     name, _, text = strategy.partition(":")
-    try:
-        numbers = [int(number) for number in text.split(",")] if text else []
-    except ValueError:
-        numbers = [0]
+    numbers = [int(number) if number.isdecimal() else 0 for number in text.split(",")] if text else []
+    temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
+    if name in SEARCHES:
+        return SEARCHES[name](numbers, search, temperature)
     if len(numbers) != {"greedy": 0, "sampled": 0, "beam": 2}.get(name, 1) or min(numbers, default=1) < 1 or name not in (
             "greedy", "sampled", "majority", "best", "beam", "mcts"):
-        raise InputError(f"unknown strategy {strategy!r}; there are greedy, sampled, majority:K, best:K, beam:B1,B2 and mcts:N")
-    temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
+        raise InputError(f"unknown strategy {strategy!r}; there are " + ", ".join(
+            ["greedy", "sampled", "majority:K", "best:K", "beam:B1,B2", "mcts:N", *SEARCHES]))
     if name == "beam":
         return Plan(numbers[0] * numbers[1], numbers[0], search.max_depth, 1, temperature,
                     lambda question, root: beam_search(root, *numbers, search.max_depth))
@@ -185,12 +189,24 @@ def score(model, packed: Pack, needed_E: Tensor | None = None, dropout_ED: Tenso
     return *model(token_BT, position_BT, mask, read=read), node_M
 
 
+def passes(trees: list[Tree], tokens: int) -> list[list[int]]:
+    """Indices of whole trees in turn, as many as have `tokens` tokens together; 0: all."""
+    groups, left = [], 0
+    for index, tree in enumerate(trees):
+        size = sum(len(node.tokens) for node in tree.nodes)
+        if not groups or left < size and tokens:
+            groups.append([])
+            left = tokens
+        groups[-1].append(index)
+        left -= size
+    return groups
+
+
 @torch.inference_mode()
-def rescore(model: Llama, trees: list[Tree], row_tokens: int = 0) -> list[Tree]:
+def rescore(model: Llama, trees: list[Tree], row_tokens: int = 0, pack_tokens: int = 0) -> list[Tree]:
     """The same trees with the values and log-probabilities of this model."""
     judged = []
-    for start in range(0, len(trees), 16):
-        chunk = trees[start:start + 16]
+    for chunk in ([trees[index] for index in group] for group in passes(trees, pack_tokens or 8192)):
         packed = pack(chunk, row_tokens)
         logp_M, value_E, node_M = score(model, packed)
         scores = zip(step_logp(logp_M, node_M, len(value_E)).tolist(), value_E.tolist())
@@ -199,7 +215,7 @@ def rescore(model: Llama, trees: list[Tree], row_tokens: int = 0) -> list[Tree]:
     return judged
 
 
-def add_reference(model: Llama, trees: list[Tree], path: Path, row_tokens: int = 0):
+def add_reference(model: Llama, trees: list[Tree], path: Path, *sizes: int):
     """Set the nodes' log-probabilities to the policy's, before it is trained: from the file that keeps them, or by one pass."""
     weights, steps = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
@@ -214,13 +230,9 @@ def add_reference(model: Llama, trees: list[Tree], path: Path, row_tokens: int =
             if stored.get(name) != mark:
                 raise InputError(f"{path} is of other {name} ({stored.get(name)}, not {mark}); delete it to have it computed again")
     else:
-        scored = zip(share(range(len(trees))), rescore(model, share(trees), row_tokens))
+        scored = zip(share(range(len(trees))), rescore(model, share(trees), *sizes))
         logp = [value for _, values in sorted(gather([(index, [node.logp for node in tree.nodes]) for index, tree in scored])) for value in values]
-
-        def write():
-            save_file({"logp": torch.tensor(logp)}, f"{path}.partial", marks)
-            os.replace(f"{path}.partial", path)
-        once(write)
+        once(lambda: (save_file({"logp": torch.tensor(logp)}, f"{path}.partial", marks), os.replace(f"{path}.partial", path)))
     for node, value in zip([node for tree in trees for node in tree.nodes], logp):
         node.logp = value
 
@@ -232,7 +244,7 @@ def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question
 
 
 def grow_groups(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, count: int, seed: int) -> list[Tree]:
-    """A tree of `count` samples (temperature 1) for each question, in their order."""
+    """A tree of `count` samples (temperature 1) for each question, in their order; their ids must differ."""
     driver = Driver(model, tokenizer, questions, search.search_rows, count, 1.0, search, 1, seed, through=search.max_depth, fit=True)
     ends = driver.ends(lambda question, root: sample_group(root, count, grader(question)))
     trees = {question.id: to_tree(question, root, 1, "samples") for question, root, _ in ends}
@@ -301,24 +313,6 @@ def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
 
 # --------------------------------------------------------------------------------------------- tables
 
-def describe(trees: list[Tree], tokenizer: StepTokenizer):
-    """Print what a search found, and one tree's best pair of siblings as an example."""
-    outcomes = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
-    pairs = [sibling_pairs(tree) for tree in trees]
-    count = len(trees)
-    print(f"{count} trees: {100 * sum(1 in found for found in outcomes) / count:.1f} % with a correct solution, "
-          f"{sum(map(len, outcomes)) / count:.1f} finished solutions, {sum(map(len, pairs)) / count:.1f} pairs and "
-          f"{sum(tree.simulations for tree in trees) / count:.1f} effective simulations a tree")
-    tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
-    two = max(found, key=lambda pair: tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value)[:2] if found else range(1, len(tree.nodes))[:2]
-    print(f"   question  {tree.question}")
-    for label, index in [("step", index) for index in (path(tree, two[0])[:-1] if two else [])] + list(zip(
-            (" +  sibling", " -  sibling") if found else ("    sibling",) * 2, two)):
-        node = tree.nodes[index]
-        numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})" if "sibling" in label else ""
-        print(f"{label:>11}  {tokenizer.tokenizer.decode(node.tokens).strip()}{numbers}", flush=True)
-
-
 def print_table(rows: list[dict], title: str):
     """One line a stage: accuracy in % with its standard error for each strategy, then value sibling accuracy on
     trees of the stage's own policy and on the fixed trees of the first stage."""
@@ -340,16 +334,6 @@ def print_answers(answers: list[dict]):
         cell = f"{100 * row['accuracy']:.1f} +- {100 * row['standard_error']:.1f}"
         print(f"{row['strategy']:14}{cell:>14}{100 * row['stated']:>10.1f}{row['sampled_tokens']:>9.0f}{row['fed_tokens']:>8.0f}"
               f"{row['steps']:>7.1f}{row['seconds']:>9.4f}")
-
-
-def print_diagnosis(found: dict):
-    print(f"\n{'depth':>5}{'pairs a tree':>14}{'value':>8}{'reward':>8}{'mean logp':>11}   share of pairs ranked right")
-    for row in found["by_depth"]:
-        print(f"{row['depth']:5}{row['pairs_a_tree']:14.2f}{row['value']:8.3f}{row['implicit_reward']:8.3f}{row['mean_logp']:11.3f}")
-    figures = ["-" if found[key] is None else f"{found[key]:.3f}" for key in ("auc_steps", "auc_ends", "calibration_error")]
-    print("AUC of V {} for steps before the last, {} for last ones; expected calibration error {}".format(*figures))
-    print("V as chance, found chance, steps: " + ", ".join(f"{row['predicted']:.2f} {row['found']:.2f} {row['steps']}"
-                                                           for row in found["calibration"]))
 
 
 @dataclass(frozen=True)
@@ -392,7 +376,6 @@ def main():
     if config.json:
         write_json(Path(config.json), row)
         if config.budget:
-            from experiments.figures import draw_budget
             draw_budget(row["answers"], Path(config.json).with_suffix(".png"))
 
 

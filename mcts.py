@@ -273,7 +273,8 @@ class Driver:
         length, first = len(root.tokens), {}
         for key, node in nodes.items():
             first[key], length = length, length + len(node.tokens)
-        if self.through == 1 and len(root.tokens) + self.next_place[row] + len(parents) * self.step_tokens > self.share:
+        if self.through == 1 and self.next_place[row] + len(parents) * self.step_tokens > min(
+                self.share - len(root.tokens), self.cache.store_L2BPGK.shape[3]):
             return False
         if nodes:
             places = np.concatenate([np.arange(node.place, node.place + len(node.tokens)) for node in nodes.values()])

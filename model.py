@@ -120,7 +120,7 @@ class Block(nn.Module):
         self.recompute = False  # keep only the block's input for the backward pass
 
     def forward(self, *inputs) -> Tensor:
-        return checkpoint(self.block, *inputs, use_reentrant=False) if self.recompute and self.training else self.block(*inputs)
+        return checkpoint(self.block, *inputs, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.block(*inputs)
 
     def block(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, cache)

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,8 +33,9 @@ from tqdm import tqdm
 
 from data import SourceConfig, StepTokenizer, find_folder, gather, is_built_in, keep_config, load_splits, once, parse_args, read_json, \
     read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
-from eval import AnswerConfig, add_reference, answer_questions, describe, grow_groups, grow_judged, print_table, rescore, score, sibling_accuracy
+from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
 from experiments.arithmetic import arithmetic_tokenizer
+from experiments.reports import describe
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, find_source, load_model, save_model
 from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, total_loss
@@ -100,6 +102,7 @@ def main(argv: list[str] | None = None):
         if stage.name != "start":  # the start is the model as it was given
             if not (stage / "config.json").exists():
                 train_stage(job, previous, stage, splits, number, tokenizer)
+            once(lambda: [shutil.rmtree(path) for path in stage.glob("checkpoint*")])
             previous = stage
         rows.append(evaluate(job, tokenizer, splits, previous, stage, folder / first))
         print_table(rows[-1:], f"after {stage.name}")
@@ -120,21 +123,24 @@ class Job:
     answering: AnswerConfig
     device: str
 
-    def load(self, folder: Path) -> Llama:
-        """A whole copy of a model, for searching and answering."""
-        return load_model(folder, self.device, getattr(torch, self.run.dtype), self.run.seed)
+    def load(self, folder: Path, dtype: str = "") -> Llama:
+        """A whole copy of a model, in the type to compute in or `dtype`; those that nobody holds any more go first."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        return load_model(folder, self.device, getattr(torch, dtype or self.run.dtype), self.run.seed)
 
 
 def join_ranks(run: RunConfig) -> str:
     """Join the other ranks where FSDP is needed: with several of them, or to compute in bfloat16. Returns the device."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if run.device == "cuda" else run.device
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     single = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if not single or run.dtype != "float32":
-        dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.startswith("cuda") else "gloo", **single)
+    if not single or run.dtype != "float32":  # one rank may search for days longer than another
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=30), **single)
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")
-    if run.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return f"cuda:{torch.cuda.current_device()}" if run.device == "cuda" else run.device
+    return device
 
 
 def check_splits(job: Job, splits: dict) -> StepTokenizer:
@@ -171,14 +177,17 @@ def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path
     start = folder / "start"
 
     def write():
+        if (start / "config.json").exists():
+            return
         start.mkdir(exist_ok=True)
         tokenizer.tokenizer.save(str(start / "tokenizer.json"))
         (start / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n')
         config = LlamaConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), eos_token_id=0, **TINY)
         save_model(Llama(config).init_weights(run.seed), start)
-    if run.model == "tiny" and not (start / "config.json").exists():
-        once(write)
-    return start if run.model == "tiny" else find_folder(run.model)
+    if run.model != "tiny":
+        return find_folder(run.model)
+    once(write)
+    return start
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -197,9 +206,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         raise InputError(f"{stage.name}: no tree has a step that --objective {losses.objective} learns from")
     items = lessons or splits["search"][number - 1]
     steps = max(1, train.tune_epochs * len(items) // batch) if number else train.sft_steps
-    gc.collect()  # the copy that searched goes before training shards its own
-    torch.cuda.empty_cache()
-    model = load_model(previous, job.device, seed=run.seed)  # float32, whatever it computes in
+    model = job.load(previous, "float32")  # whatever it computes in
     for block in model.model.layers:
         block.recompute = train.recompute
     shard(model, run.dtype)
@@ -209,7 +216,8 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         mine = share(list(enumerate(order(len(items), run.seed + number, step * batch, batch))))
         if lessons:
             return [(place, lessons[index]) for place, index in mine]
-        groups = grow_groups(whole(model), tokenizer, [items[index] for _, index in mine], job.search, train.group, run.seed + number + 1000 * step)
+        questions = [replace(items[index], id=f"{step} {place}") for place, index in mine]  # a question may come twice
+        groups = grow_groups(whole(model, run.dtype), tokenizer, questions, job.search, train.group, run.seed + number)
         return [(place, learn(tree, losses)) for (place, _), tree in zip(mine, groups)]
     optimize(model, steps, lr, lessons_of, losses, train, run.seed + number, stage)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -219,8 +227,6 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
             if (previous / name).exists():
                 shutil.copyfile(previous / name, stage / name)
         save_model(model, stage, state)  # config.json comes last, so a folder that has it is complete
-        for path in stage.glob("checkpoint-*"):
-            shutil.rmtree(path)
     once(save)
 
 
@@ -249,20 +255,19 @@ def shard(model: Llama, dtype: str):
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def whole(model: Llama) -> Llama:
-    """The model itself, or an unsharded copy of it."""
+def whole(model: Llama, dtype: str) -> Llama:
+    """The model itself, or an unsharded copy of it in the type that it computes in."""
     if not dist.is_initialized():
         return model
     with torch.device("meta"):
         copy = Llama(model.config)
-    copy.load_state_dict({name: parameter.detach().full_tensor() for name, parameter in model.named_parameters()}, assign=True)
+    copy.load_state_dict({name: parameter.detach().to(getattr(torch, dtype)).full_tensor() for name, parameter in model.named_parameters()}, assign=True)
     return copy
 
 
 def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig, train: TrainConfig, seed: int, stage: Path):
     """AdamW over `steps` steps, from the stage's last checkpoint on. `lessons_of(step)`: this rank's (place, lesson) pairs."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay,
-                                  fused=next(model.parameters()).is_cuda)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay, fused=True)
     first = load_checkpoint(stage, model, optimizer)
     once(lambda: forget(stage, first))
     with tqdm(range(first, steps), stage.name, initial=first, total=steps, unit="step", mininterval=1.0, dynamic_ncols=True,
@@ -291,22 +296,17 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
 
 def backward(model: Llama, mine: list[tuple[int, Lesson]], losses: LossConfig, train: TrainConfig, seed: int, step: int):
     """Gradients of one step: every sum is divided by its count over all passes and ranks. Returns (figures, counts)."""
-    device, groups, left = next(model.parameters()).device, [], 0
-    for place, lesson in mine:
-        left -= sum(len(node.tokens) for node in lesson.tree.nodes)
-        if not groups or left < 0 < train.pack_tokens:
-            groups.append([])
-            left = train.pack_tokens - sum(len(node.tokens) for node in lesson.tree.nodes)
-        groups[-1].append((place, lesson))
+    device = next(model.parameters()).device
+    groups = [[mine[index] for index in group] for group in passes([lesson.tree for _, lesson in mine], train.pack_tokens)]
     batches = [Batch([lesson for _, lesson in group], train.row_tokens, device) for group in groups]
     counts = sum((batch.counts for batch in batches), torch.zeros(len(COUNTS), dtype=torch.float64))
-    passes, ranks = torch.tensor(len(groups)), 1
+    most, ranks = torch.tensor(len(groups)), 1
     if dist.is_initialized():
         ranks = dist.get_world_size()
         dist.all_reduce(counts)
-        dist.all_reduce(passes, dist.ReduceOp.MAX)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
     totals = torch.zeros(len(COUNTED) + 1, dtype=torch.float64)
-    for _ in range(len(groups), int(passes)):  # others have more passes, and FSDP's are common ones
+    for _ in range(len(groups), int(most)):  # others have more passes, and FSDP's are common ones
         groups.append([(0, Lesson(Tree("", "", "", [TreeNode(-1, [0], [False])]), [], [(0.0, 0.0)], [False]))])
         batches.append(Batch([groups[-1][0][1]], device=device))
     for group, batch in zip(groups, batches):
@@ -340,13 +340,12 @@ def save_checkpoint(stage: Path, model: Llama, optimizer, step: int):
 
 def load_checkpoint(stage: Path, model: Llama, optimizer) -> int:
     """Load the last checkpoint, which may be of another number of ranks; the steps it has seen, 0 without one."""
-    paths = {int(path.name.split("-")[1]): path for path in stage.glob("checkpoint-*")}
-    if not paths:
-        return 0
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-    dcp.load(state, checkpoint_id=paths[max(paths)], no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return max(paths)
+    step = max((int(path.name.split("-")[1]) for path in stage.glob("checkpoint-*")), default=0)
+    if step:
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        dcp.load(state, checkpoint_id=stage / f"checkpoint-{step}", no_dist=not dist.is_initialized())
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return step
 
 
 def forget(stage: Path, step: int):
@@ -354,7 +353,8 @@ def forget(stage: Path, step: int):
     path = stage.parent / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    path.write_text("".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step))
+    path.with_name("log.partial").write_text("".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step))
+    os.replace(path.with_name("log.partial"), path)
 
 
 # --------------------------------------------------------------------------------------------- trees and measuring
@@ -365,7 +365,7 @@ def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: i
     model, rank, ranks = job.load(previous), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     done = {tree.id for tree in resume_trees(stage / "trees.jsonl", rank, ranks)}
     once(lambda: None)  # all have read, before anybody writes
-    left = [question for question in share(questions) if question.id not in done]
+    left = share(question for question in questions if question.id not in done)
     with open(stage / f"trees-{rank}.jsonl", "a") as file:
         write_trees(file, search_trees(model, tokenizer, left, job.search, job.run.seed + number, f"{stage.name} search"))
     once(lambda: None)
@@ -373,7 +373,7 @@ def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: i
     trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
     describe(trees, tokenizer)
     if OBJECTIVES[job.losses.objective].pairs:
-        add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens)
+        add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens, job.train.pack_tokens)
     return trees
 
 

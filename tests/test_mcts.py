@@ -333,3 +333,16 @@ def test_a_tree_keeps_parents_before_children():
     child_of(a), child_of(b)
     tree = to_tree(Question("q", "?", "1"), root, 2, "simulations")
     assert [node.parent for node in tree.nodes] == [-1, 0, 0, 1, 2]
+
+
+def test_a_search_that_asks_for_more_than_it_said_ends_cleanly(model, tokenizer):
+    """Catches steps written past the store's end: further expansions are refused like any others without room."""
+    def endless(root):
+        rounds, node = 0, root
+        while children := (yield [node] * 2):
+            rounds += 1
+            node = next((child for child in children if not child.ending), root)
+        return rounds
+    config = SearchConfig(max_depth=20, max_step_tokens=4, cache_tokens=8000)
+    driver = Driver(model, tokenizer, QUESTIONS[:3], 3, 2, 1.0, config, 4)
+    assert all(4 <= rounds < 100 for _, _, rounds in driver.run(lambda question, root: endless(root), "endless"))

@@ -112,3 +112,22 @@ def test_only_the_value_head_may_be_missing(model_folder):
     model = load_model(model_folder, seed=3)
     assert model.value_head.bias.item() == 0 and model.value_head.weight.std() > 0
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_recomputed_blocks_have_the_same_gradients(model, monkeypatch):
+    """Catches a switch without effect, and a recomputation that is not the same computation."""
+    import model as module
+    calls, real = [], module.checkpoint
+    monkeypatch.setattr(module, "checkpoint", lambda *inputs, **more: calls.append(1) or real(*inputs, **more))
+    token_BT, gradients = torch.randint(0, 15, (2, 12)), []
+    for recompute in (False, True):
+        for block in model.model.layers:
+            block.recompute = recompute
+        logits_BTV, value_BT = model(token_BT)
+        gradients.append(torch.autograd.grad(logits_BTV.square().mean() + value_BT.sum(), list(model.parameters())))
+        assert len(calls) == (len(model.model.layers) if recompute else 0)
+    for one, two in zip(*gradients):
+        torch.testing.assert_close(one, two, atol=0, rtol=0)
+    with torch.no_grad():
+        model(token_BT)
+    assert len(calls) == len(model.model.layers)

@@ -57,10 +57,10 @@ def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
     return {**load_file(folder / "out" / stage / "model.safetensors"), **load_file(folder / "out" / stage / "value_head.safetensors")}
 
 
-def take_back(folder: Path, stage: str):
+def take_back(folder: Path, stage: str, *kept: str):
     """Make the stage untrained again; its trees stay."""
     for path in (folder / "out" / stage).iterdir():
-        if path.name not in ("trees-0.jsonl", "reference.safetensors"):
+        if path.name not in ("trees-0.jsonl", *kept):
             path.unlink()
 
 
@@ -118,9 +118,10 @@ def test_killed_training_ends_with_the_same_weights(finished, tmp_path, ranks):
     if ranks > 1:
         train(undisturbed, ranks=ranks)
     kill_at(killed, "sft", 4, ranks=ranks)
-    assert list((killed / "out" / "sft").glob("checkpoint-*"))
     kill_at(killed, "round1", 3, ranks=ranks)
+    before = {line for line in open(killed / "out" / "log.jsonl") if '"step": 0,' in line or '"step": 1,' in line}
     train(killed, ranks=ranks)
+    assert len(before) == 4 and before <= set(open(killed / "out" / "log.jsonl"))  # not trained again: the speeds are the same
     against = finished if ranks == 1 else undisturbed
     for stage in ("sft", "round1"):
         same(weights(killed, stage), weights(against, stage), 0)
@@ -131,7 +132,7 @@ def test_killed_training_ends_with_the_same_weights(finished, tmp_path, ranks):
 def test_a_stale_reference_is_refused(finished, tmp_path):
     """Catches training against log-probabilities of other trees."""
     shutil.copytree(finished / "out", tmp_path / "out")
-    take_back(tmp_path, "round1")
+    take_back(tmp_path, "round1", "reference.safetensors")
     path = tmp_path / "out" / "round1" / "trees-0.jsonl"
     lines = path.read_text().splitlines()
     tree = json.loads(lines[0])
@@ -140,3 +141,27 @@ def test_a_stale_reference_is_refused(finished, tmp_path):
     process = start(tmp_path)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 2 and "reference.safetensors is of other trees" in errors.splitlines()[-1]
+
+
+def test_groups_are_sampled_from_sharded_weights(tmp_path):
+    """Catches GRPO that samples from another policy than the one it trains, or rewards that are lost: two ranks and one must agree."""
+    words = ["--objective", "grpo", "--tune-epochs", "1", "--sft-questions", "500", "--sft-steps", "250", "--sft-lr", "3e-3", "--save-every", "1000"]
+    train(tmp_path, *words)
+    wanted = log(tmp_path, "round1")
+    assert len(wanted) == 2 and all(line["grad_norm"] > 0 and "policy" not in line for line in wanted)
+    take_back(tmp_path, "round1")
+    train(tmp_path, *words, ranks=2)
+    for one, two in zip(log(tmp_path, "round1"), wanted):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    assert not (tmp_path / "out" / "round1" / "reference.safetensors").exists()
+
+
+def test_bfloat16_computes_over_float32_weights(finished, tmp_path):
+    """Catches master weights rounded to bfloat16 (steps of lr 1e-3 would be lost), and a flag without effect."""
+    train(tmp_path, "--dtype", "bfloat16", "--rounds", "0")
+    ours, theirs = log(tmp_path, "sft"), log(finished, "sft")
+    for one, two in zip(ours, theirs):
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.02) and one["loss"] != two["loss"]
+    kept = weights(tmp_path, "sft")
+    assert all(tensor.dtype == torch.float32 for tensor in kept.values())
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in kept.values())

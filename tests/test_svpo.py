@@ -210,9 +210,10 @@ def upwards(tree, index):
 def test_grpo_gradient_is_that_of_the_samples_one_by_one(model, tokenizer):
     """Catches a group tree whose merged prefixes weigh less, more, or with the wrong sign, against each sample alone."""
     from eval import grow_groups
-    found = grow_groups(model, tokenizer, QUESTIONS, SearchConfig(max_depth=3, max_step_tokens=5, cache_tokens=4000), 6, 0)
+    found = grow_groups(model, tokenizer, QUESTIONS, SearchConfig(max_depth=3, max_step_tokens=5, cache_tokens=40000), 40, 0)
+    assert any(item.visit_count > 1 and not item.ending for tree in found for item in tree.nodes[1:])  # a shared prefix
     for tree in found:
-        assert tree.nodes[0].visit_count == 6
+        assert tree.nodes[0].visit_count == 40
         ends = [index for index, item in enumerate(tree.nodes) if item.ending]
         for number, index in enumerate(ends):  # rewards drawn by hand: nobody solves anything here
             reward, count = (1.0 if number % 2 else -1.0), tree.nodes[index].visit_count

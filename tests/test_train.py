@@ -17,7 +17,7 @@ from data import read_trees, run_command
 from eval import rescore
 from experiments.arithmetic import split_of
 from model import load_model
-from train import schedule
+from train import order, schedule
 
 SMALL = ["--sft-questions", "200", "--search-questions", "12", "--valid-questions", "6", "--test-limit", "10", "--rounds", "2",
          "--sft-steps", "40", "--sft-batch", "16", "--simulations", "4", "--tune-batch", "4"]
@@ -192,6 +192,22 @@ def test_one_tree_file_holds_one_search(tmp_path, model_folder):
     assert command(*words, cwd=tmp_path).returncode == 0
     other = command(*words, "--c-puct", "2", cwd=tmp_path)
     assert other.returncode == 2 and "--c-puct 1.25 -> 2.0" in other.stderr
+
+
+def test_a_loss_that_diverges_ends_the_run(tmp_path):
+    """Catches training that goes on with NaN, and weights written from it."""
+    done = command(ROOT / "train.py", *SMALL, "--sft-lr", "1e30", "--rounds", "0", "--out", "out", cwd=tmp_path)
+    message = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and message.startswith("error: sft, step") and "gradient norm" in message
+    assert not (tmp_path / "out" / "sft" / "config.json").exists()
+
+
+def test_data_order():
+    """Catches items left out or doubled within a pass, passes in the same order, and an order that depends on where it starts."""
+    row = [index for step in range(7) for index in order(10, 3, 5 * step, 5)]
+    assert all(sorted(row[start:start + 10]) == list(range(10)) for start in (0, 10, 20))
+    assert row[:10] != row[10:20] and order(10, 3, 8, 9) == row[8:17] and order(10, 4, 0, 10) != row[:10]
+    assert len(order(3, 0, 0, 8)) == 8  # a step larger than the data
 
 
 def test_learning_rate_schedule():

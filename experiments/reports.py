@@ -1,0 +1,53 @@
+"""What the commands print and draw beside their tables; figures where matplotlib is present."""
+from pathlib import Path
+
+from data import StepTokenizer
+from svpo import Tree, path, sibling_pairs
+
+
+def describe(trees: list[Tree], tokenizer: StepTokenizer):
+    """Print what a search found, and one tree's best pair of siblings as an example."""
+    outcomes = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
+    pairs = [sibling_pairs(tree) for tree in trees]
+    count = len(trees)
+    print(f"{count} trees: {100 * sum(1 in found for found in outcomes) / count:.1f} % with a correct solution, "
+          f"{sum(map(len, outcomes)) / count:.1f} finished solutions, {sum(map(len, pairs)) / count:.1f} pairs and "
+          f"{sum(tree.simulations for tree in trees) / count:.1f} effective simulations a tree")
+    tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
+    two = max(found, key=lambda pair: tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value)[:2] if found else range(1, len(tree.nodes))[:2]
+    print(f"   question  {tree.question}")
+    for label, index in [("step", index) for index in (path(tree, two[0])[:-1] if two else [])] + list(zip(
+            (" +  sibling", " -  sibling") if found else ("    sibling",) * 2, two)):
+        node = tree.nodes[index]
+        numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})" if "sibling" in label else ""
+        print(f"{label:>11}  {tokenizer.tokenizer.decode(node.tokens).strip()}{numbers}", flush=True)
+
+
+def print_diagnosis(found: dict):
+    print(f"\n{'depth':>5}{'pairs a tree':>14}{'value':>8}{'reward':>8}{'mean logp':>11}   share of pairs ranked right")
+    for row in found["by_depth"]:
+        print(f"{row['depth']:5}{row['pairs_a_tree']:14.2f}{row['value']:8.3f}{row['implicit_reward']:8.3f}{row['mean_logp']:11.3f}")
+    figures = ["-" if found[key] is None else f"{found[key]:.3f}" for key in ("auc_steps", "auc_ends", "calibration_error")]
+    print("AUC of V {} for steps before the last, {} for last ones; expected calibration error {}".format(*figures))
+    print("V as chance, found chance, steps: " + ", ".join(f"{row['predicted']:.2f} {row['found']:.2f} {row['steps']}"
+                                                           for row in found["calibration"]))
+
+
+def draw_budget(answers: list[dict], file: Path):
+    """Accuracy against sampled tokens a question, one line a kind of strategy."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: the curve is not drawn")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for kind in dict.fromkeys(row["strategy"].partition(":")[0] for row in answers):
+        rows = sorted((row for row in answers if row["strategy"].partition(":")[0] == kind), key=lambda row: row["sampled_tokens"])
+        axes.errorbar([row["sampled_tokens"] for row in rows], [100 * row["accuracy"] for row in rows],
+                      [100 * row["standard_error"] for row in rows], marker="o", capsize=2, label=kind)
+    axes.set(xscale="log", xlabel="sampled tokens a question", ylabel="accuracy in %", title=f"{answers[0]['questions']} questions")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
