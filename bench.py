@@ -29,10 +29,11 @@ from pathlib import Path
 
 import torch
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, find_folder, load_questions, parse_args, read_trees, run_command
+from data import Question, SourceConfig, StepTokenizer, extract_answer, find_folder, find_source, load_questions, load_source, parse_args, \
+    read_trees, run_command
 from eval import majority, rescore, samples
 from mcts import Driver, Node, SearchConfig, grader, mcts
-from model import Llama, find_source, load_model, load_source
+from model import Llama, load_model
 from svpo import InputError, Lesson, LossConfig, flag, learn, path
 from train import TrainConfig, optimize
 

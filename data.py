@@ -11,14 +11,15 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (pack and flag are passed on)
+from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
+from tasks.benchmarks import find_file, to_row
+from tasks.grading import algebra, extract_answer, grade, is_correct, needs_algebra  # noqa: F401
 
 
 def parse_args(description: str, stages: tuple, argv: list[str], required: tuple = ()) -> tuple:
@@ -38,10 +39,11 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
             text += (f"; built-in task: {built_in})" if built_in != default else ")") if shown != "" else ""
             kind = {"type": item.type, "choices": item.metadata["choices"]}
             kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else kind
-            kind = {"nargs": "+"} if item.type is tuple else kind
+            kind = {"nargs": "+"} if item.type is tuple or item.metadata["many"] else kind
             group.add_argument("--" + item.name.replace("_", "-"), required=item.name in required,
                                help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
+    given |= {name: " ".join(given[name]) for name, item in fields.items() if item.metadata["many"] and name in given}
     task = "built_in" if is_built_in(given.get("data", fields["data"].default)) else None
     values = {name: given.get(name, item.metadata[task] if task else item.default) for name, item in fields.items()}
     for name, item in fields.items():
@@ -60,7 +62,8 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
 class SourceConfig:
     """Which model, on which questions."""
     model: str = flag("", "model folder, preset or repository id")
-    data: str = flag("", "arithmetic[:SPLIT] (test if not said) or a JSONL file of questions")
+    data: str = flag("", "arithmetic[:SPLIT] (test if not said), or benchmarks (NAME[:SPLIT]) and JSONL files of questions", many=True)
+    data_dir: str = flag("", "folder of benchmarks, NAME/SPLIT.jsonl; empty: they are downloaded")
     prompt: str = flag("", "file with the text around {question}")
     limit: int = flag(0, "use the first N questions; 0: all (500 built-in ones)", least=0)
     seed: int = flag(0, "seed of sampling")
@@ -68,10 +71,11 @@ class SourceConfig:
     dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
 
 
-PRESETS = {  # names for `load_model`; any other name is a folder or a Hugging Face repository id
-    "llama-7b": "huggyllama/llama-7b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+PRESETS = {  # names for `find_folder`; any other name is a folder or a Hugging Face repository id
+    "llama-7b": "huggyllama/llama-7b", "llama-2-7b": "meta-llama/Llama-2-7b-hf", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "deepseekmath-7b": "deepseek-ai/deepseek-math-7b-base", "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
+    "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B", "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
 }
 
 
@@ -170,36 +174,45 @@ def is_built_in(spec: str) -> bool:
     return spec.split(":")[0] == "arithmetic"
 
 
-def load_questions(spec: str, limit: int | None = None, seed: int = 0) -> list[Question]:
-    """Questions of `arithmetic[:split]` (default split: test) or of a JSONL file.
+def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir: str = "") -> list[Question]:
+    """Questions of `arithmetic[:split]` (default split: test), or of benchmarks and JSONL files, the first `limit` of each.
 
-    A JSONL row has `question`, `answer` and optionally `solution` and `id`; where the answer ends with GSM8K's
-    `#### N`, the text before it is the solution. Raises InputError with file and line.
+    A row has `question`, `answer` and optionally `solution` and `id`, or the fields of a published benchmark; where the
+    answer ends with GSM8K's `#### N`, the text before it is the solution. Raises InputError with file and line.
     """
-    if is_built_in(spec):
-        from experiments.arithmetic import arithmetic_questions
-        return arithmetic_questions(spec.partition(":")[2] or "test", 500 if limit is None else limit, seed)
+    if is_built_in(data):
+        from tasks.arithmetic import arithmetic_questions
+        return arithmetic_questions(data.partition(":")[2] or "test", 500 if limit is None else limit, seed)
     questions, ids = [], set()
-    for number, row in read_rows(Path(spec), limit):
-        where = f"{spec}, line {number}"
-        for key in ("question", "answer"):
-            if not isinstance(row.get(key), (str, int, float)) or isinstance(row[key], bool) or not str(row[key]).strip():
-                raise InputError(f"{where}: needs a non-empty {key!r} (text or number)")
-        answer, solution = str(row["answer"]), row.get("solution")
-        if "####" in answer:
-            solution = solution or answer
-            answer = extract_answer(answer) or ""
-            if not answer:
-                raise InputError(f"{where}: no answer after '####'")
-        if solution is not None and not isinstance(solution, str):
-            raise InputError(f"{where}: 'solution' must be text")
-        question = Question(str(row.get("id", f"{Path(spec).stem}-{number}")), str(row["question"]).strip(), answer, solution)
-        if question.id in ids:
-            raise InputError(f"{where}: id {question.id!r} occurs twice")
-        ids.add(question.id)
-        questions.append(question)
+    for spec in [data] if Path(data).exists() else data.split():
+        path = find_file(spec, data_dir)
+        stem = path.stem if path == Path(spec) else f"{path.parent.name}-{path.stem}"
+        for number, row in read_rows(path, limit):
+            row, where = to_row(row), f"{path}, line {number}"
+            if row is None:
+                print(f"{where}: no answer; left out")
+                continue
+            for key in ("question", "answer"):
+                if not isinstance(row.get(key), (str, int, float)) or isinstance(row[key], bool) or not str(row[key]).strip():
+                    raise InputError(f"{where}: needs a non-empty {key!r} (text or number)")
+            answer, solution = str(row["answer"]), row.get("solution")
+            if "####" in answer:
+                solution = solution or re.sub(r"<<[^<>]*>>", "", answer)  # without GSM8K's calculator marks
+                answer = extract_answer(answer) or ""
+                if not answer:
+                    raise InputError(f"{where}: no answer after '####'")
+            if solution is not None and not isinstance(solution, str):
+                raise InputError(f"{where}: 'solution' must be text")
+            question = Question(str(row.get("id", f"{stem}-{number}")), str(row["question"]).strip(), answer, solution)
+            if question.id in ids:
+                raise InputError(f"{where}: id {question.id!r} occurs twice")
+            ids.add(question.id)
+            questions.append(question)
     if not questions:
-        raise InputError(f"{spec}: no questions in this file")
+        raise InputError(f"{data}: no questions in this file")
+    hard = [question.answer for question in questions if needs_algebra(question.answer)]
+    if hard and not algebra.available():
+        raise InputError(f"{data}: {len(hard)} answers, such as {hard[0]!r}, take algebra to compare: pip install math-verify")
     return questions
 
 
@@ -210,9 +223,9 @@ def load_splits(run) -> dict[str, list]:
         return {"sft": load_questions("arithmetic:sft", run.sft_questions, run.seed),
                 "search": [searched[number::run.rounds] for number in range(run.rounds)],
                 "valid": load_questions("arithmetic:valid", run.valid_questions), "test": load_questions("arithmetic:test", run.test_limit)}
-    questions = load_questions(run.data, run.limit or None)
+    questions = load_questions(run.data, run.limit or None, data_dir=run.data_dir)
     if run.test_data:
-        test = load_questions(run.test_data, run.test_limit)
+        test = load_questions(run.test_data, run.test_limit, data_dir=run.data_dir)
     else:
         held_out = max(1, len(questions) // 5)
         questions, test = questions[:-held_out], questions[-held_out:][:run.test_limit]
@@ -250,36 +263,6 @@ def read_template(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the prompt cannot be read ({error})")
-
-
-# --------------------------------------------------------------------------------------------- answers
-ANSWER = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)[ \t]*([^\n]*)")
-NUMBER = re.compile(r"([-+]?)\s*\$?\s*([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:\s*/\s*\d+)?)\s*%?(?:\s+[A-Za-z][A-Za-z .]*)?")
-
-
-def extract_answer(text: str) -> str | None:
-    """The text after the last `####` or "The answer is" on its line; None where no answer is stated."""
-    found = ANSWER.findall(text)
-    return found[-1].strip().rstrip(".") or None if found else None
-
-
-def to_number(text: str) -> Fraction | None:
-    """Exact value of a plain number, decimal or fraction; `$`, `%`, thousands commas and unit words behind it are
-    ignored; None for anything else."""
-    match = NUMBER.fullmatch(text.strip())
-    digits = "".join(match.groups()).replace(",", "").replace(" ", "") if match else ""
-    try:
-        return Fraction(digits) if 0 < len(digits) <= 100 else None
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def is_correct(prediction: str | None, answer: str) -> bool:
-    """Numeric answers are compared exactly (18 = 18.0 = 36/2), others as text. No prediction is never correct."""
-    if prediction is None:
-        return False
-    left, right = to_number(prediction), to_number(answer)
-    return left == right if left is not None and right is not None else prediction.strip() == answer.strip()
 
 
 # --------------------------------------------------------------------------------------------- tokens
@@ -395,3 +378,21 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     for step in tokenizer.encode_steps(question.solution):
         nodes.append(TreeNode(len(nodes) - 1, step, [True] * len(step)))
     return Tree(question.id, question.text, question.answer, nodes)
+
+
+def find_source(source: SourceConfig) -> tuple[Path, "StepTokenizer"]:
+    """The folder of the model that a command names, and its tokenizer with the prompt template."""
+    folder = find_folder(source.model)
+    tokenizer = StepTokenizer.load(folder, read_template(source.prompt))  # first: a tokenizer of another model is told by its size
+    if not (folder / "value_head.safetensors").exists():
+        print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
+    return folder, tokenizer
+
+
+def load_source(source: SourceConfig, question_seed: int = 0) -> tuple:
+    """The model (model.Llama), its tokenizer and the questions that a command names."""
+    from model import load_model  # here, because model.py reads its files with this module
+    questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
+    folder, tokenizer = find_source(source)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
+    return load_model(folder, device, getattr(torch, source.dtype), source.seed), tokenizer, questions

@@ -25,11 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, gather, is_correct, load_questions, once, parse_args, read_trees, \
+from data import Question, SourceConfig, StepTokenizer, extract_answer, gather, grade, is_correct, load_questions, load_source, once, parse_args, read_trees, \
     run_command, share, to_tree, write_json
-from experiments.reports import draw_budget, print_diagnosis
+from experiments.reports import draw_budget, print_audit, print_diagnosis
 from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
-from model import Llama, block_mask, load_source
+from model import Llama, block_mask
 from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp, tree_mask
 
 BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "best") for count in (2, 4, 8, 16, 32)),
@@ -161,7 +161,8 @@ def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Que
     for question, root, node in driver.run(chosen.start, f"answer {strategy}"):
         text = "".join(step.text for step in node.path()) if node else ""
         stated = extract_answer(node.text) if node and node.ending == "answer" else None
-        answers.append({"id": question.id, "text": text, "answer": stated, "correct": is_correct(stated, question.answer)})
+        correct, stage = grade(stated, question.answer)
+        answers.append({"id": question.id, "text": text, "answer": stated, "reference": question.answer, "correct": correct, "graded_by": stage})
     answers, count = gather(answers), len(questions)
     costs = {name: sum(gather([getattr(driver, name)])) / count for name in ("sampled_tokens", "fed_tokens", "steps")}
     accuracy = sum(row["correct"] for row in answers) / count
@@ -207,7 +208,7 @@ def rescore(model: Llama, trees: list[Tree], row_tokens: int = 0, pack_tokens: i
     """The same trees with the values and log-probabilities of this model."""
     judged = []
     for chunk in ([trees[index] for index in group] for group in passes(trees, pack_tokens or 8192)):
-        packed = pack(chunk, row_tokens)
+        packed = pack(chunk, row_tokens, next(model.parameters()).device)
         logp_M, value_E, node_M = score(model, packed)
         scores = zip(step_logp(logp_M, node_M, len(value_E)).tolist(), value_E.tolist())
         judged += [dataclasses.replace(tree, nodes=[dataclasses.replace(node, logp=logp, value=value) for node, (logp, value)
@@ -342,6 +343,7 @@ class EvalConfig:
     strategy: tuple = flag(("greedy", "sampled", "beam:1,5", "beam:3,5"), "greedy, sampled, majority:K, best:K, beam:B1,B2, mcts:N")
     budget: bool = flag(False, "answer with every kind of strategy at several sizes instead")
     json: str = flag("", "write the tables and every answer to this file; the curve of --budget beside it, as .png")
+    audit: int = flag(0, "print how answers were graded, and N of each strategy's to read", least=0)
     trees: str = flag("", "judge the steps of these trees, whose policy is the reference of the implicit reward; best of questions "
                           "not trained on, searched with --no-leaf-value")
     sibling_data: str = flag("", "or of trees grown now for these questions, e.g. arithmetic:valid")
@@ -367,6 +369,8 @@ def main():
             write_json(Path(config.json), row)
     print(f"\n{source.model} on {len(questions)} questions of {source.data}")
     print_answers(row["answers"])
+    if config.audit:
+        print_audit(row["answers"], config.audit)
     if config.sibling_data and not trees:
         trees = grow_judged(model, tokenizer, load_questions(config.sibling_data, config.sibling_limit), search, source.seed)
     if trees:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, keep_config, parse_args, resume_trees, \
+from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, keep_config, load_source, parse_args, resume_trees, \
     run_command, to_tree, write_trees
-from model import Llama, TreeCache, load_source
+from model import Llama, TreeCache
 from svpo import InputError, flag
 
 

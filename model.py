@@ -23,12 +23,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import Question, SourceConfig, StepTokenizer, find_folder, load_questions, read_json, read_template, write_json
+from data import find_folder, read_json, write_json
 from svpo import InputError, tree_mask  # noqa: F401  (tree_mask is passed on)
+
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
 
 @dataclass
 class LlamaConfig:
-    """The fields of a Hugging Face LLaMA config.json that change the computation."""
+    """The fields of a Hugging Face config.json that change the computation."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -43,6 +46,8 @@ class LlamaConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    model_type: str = "llama"  # qwen2: q, k and v have biases; qwen3: q and k are normalised
+    rope_scaling: dict | None = None  # LLaMA 3.1's
 
 
 class RMSNorm(nn.Module):
@@ -72,15 +77,16 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index  # of the layer, by which the cache knows it
         self.heads, self.groups, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=False)
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.model_type == "qwen2")
+        self.k_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=c.model_type == "qwen2")
+        self.v_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=c.model_type == "qwen2")
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.model_type == "qwen3" else nn.Identity() for _ in "qk")
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHK = rotate(self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim), cos, sin)
-        k_BTGK = rotate(self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim), cos, sin)
+        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim)), cos, sin)
+        k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim)), cos, sin)
         v_BTGK = self.v_proj(x_BTD).view(B, T, self.groups, self.head_dim)
         if cache is not None:  # from one flat line of tokens to the cache's rows
             q_BTHK, k_BTGK, v_BTGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
@@ -175,7 +181,12 @@ class Llama(nn.Module):
     def rotary(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B, T, 1, K) of the rotary angles, computed in float32 from positions: no buffer to lose on meta."""
         half = torch.arange(0, self.config.head_dim, 2, device=position_BT.device, dtype=torch.float32)
-        angle_BTK = position_BT[..., None].float() * self.config.rope_theta ** -(half / self.config.head_dim)
+        frequency_K = self.config.rope_theta ** -(half / self.config.head_dim)
+        if scaling := self.config.rope_scaling:  # long waves are stretched, short ones are not (LLaMA 3.1)
+            turns_K = scaling["original_max_position_embeddings"] * frequency_K / (2 * math.pi)
+            kept_K = ((turns_K - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])).clamp(0, 1)
+            frequency_K = kept_K * frequency_K + (1 - kept_K) * frequency_K / scaling["factor"]
+        angle_BTK = position_BT[..., None].float() * frequency_K
         angle_BT1K = torch.cat((angle_BTK, angle_BTK), dim=-1).unsqueeze(2)
         return angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)
 
@@ -257,23 +268,34 @@ HARMLESS = {  # config.json fields that do not change the computation here
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pad_token_id",
     "_name_or_path", "attention_dropout", "chunk_size_feed_forward", "is_encoder_decoder", "return_dict",
     "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type", "_attn_implementation_autoset",
-    "_from_model_config", "is_llama_config", "transformers.js_config", "max_sequence_length"}
+    "_from_model_config", "is_llama_config", "transformers.js_config", "max_sequence_length",
+    "max_window_layers"}
 REQUIRED = {  # fields that are supported at one value only
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "pretraining_tp": 1,
-    "rope_interleaved": False, "sliding_window": None, "quantization_config": None}
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_interleaved": False,
+    "quantization_config": None, "use_sliding_window": False}
 
 
 def read_config(folder: Path) -> LlamaConfig:
     """Read config.json; every field that would change the computation and is not implemented is refused by name."""
     path = folder / "config.json"
     raw = read_json(path)
-    if raw.get("model_type") != "llama":
-        raise InputError(f"{path}: model_type = {raw.get('model_type')!r} is not supported, only 'llama'")
-    rope = raw.pop("rope_parameters", None) or {}  # transformers 5 nests the rotary fields
-    raw.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    for key, value in rope.items():
-        if (key, value) != ("rope_type", "default") and key != "rope_theta":
-            raise InputError(f"{path}: rope_parameters.{key} = {value!r} is not supported")
+    if raw.get("model_type") not in FAMILIES:
+        raise InputError(f"{path}: model_type = {raw.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
+    rope = {**(raw.pop("rope_scaling", None) or {}), **(raw.pop("rope_parameters", None) or {})}  # transformers 5 has the second
+    raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind != "default" or rope:
+        wanted = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        if kind != "llama3" or rope.keys() != wanted or not all(isinstance(value, (int, float)) for value in rope.values()):
+            raise InputError(f"{path}: rope_scaling of rope_type {kind!r} with {rope} is not supported, only 'llama3' with {sorted(wanted)}")
+        raw["rope_scaling"] = {"rope_type": "llama3", **rope}
+    window = raw.pop("sliding_window", None)
+    if raw["model_type"] == "mistral" and window:  # no window within its length
+        raw["max_position_embeddings"] = min(window, raw.get("max_position_embeddings", window))
+    elif window and raw.get("use_sliding_window", raw["model_type"] == "llama"):
+        raise InputError(f"{path}: sliding_window = {window!r} is not supported")
+    if set(raw.pop("layer_types", None) or []) - {"full_attention"}:
+        raise InputError(f"{path}: layer_types other than 'full_attention' are not supported")
     names = {field.name for field in dataclasses.fields(LlamaConfig)}
     for key, value in raw.items():
         if key in REQUIRED and value != REQUIRED[key]:
@@ -357,23 +379,6 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
     return model.requires_grad_(True).eval()
 
 
-def find_source(source: SourceConfig) -> tuple[Path, StepTokenizer]:
-    """The folder of the model that a command names, and its tokenizer with the prompt template."""
-    folder = find_folder(source.model)
-    tokenizer = StepTokenizer.load(folder, read_template(source.prompt))  # first: a tokenizer of another model is told by its size
-    if not (folder / "value_head.safetensors").exists():
-        print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
-    return folder, tokenizer
-
-
-def load_source(source: SourceConfig, question_seed: int = 0) -> tuple[Llama, StepTokenizer, list[Question]]:
-    """The model, its tokenizer and the questions that a command names."""
-    questions = load_questions(source.data, source.limit or None, question_seed)
-    folder, tokenizer = find_source(source)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
-    return load_model(folder, device, getattr(torch, source.dtype), source.seed), tokenizer, questions
-
-
 def save_model(model: Llama, folder: str | Path, state: dict[str, Tensor] | None = None):
     """Write config.json, model.safetensors and value_head.safetensors; the folder opens in transformers and vLLM. `state`
     replaces the model's own tensors where those are shards.
@@ -386,8 +391,8 @@ def save_model(model: Llama, folder: str | Path, state: dict[str, Tensor] | None
     head = {key: state.pop(key) for key in list(state) if key.startswith("value_head.")}
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     fixed = {key: value for key, value in REQUIRED.items() if key in ("hidden_act", "attention_bias", "mlp_bias")}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype, "rope_scaling": None,
-              **fixed, **dataclasses.asdict(model.config)}
+    config = {"architectures": [FAMILIES[model.config.model_type]], "torch_dtype": dtype, "sliding_window": None, **fixed,
+              **dataclasses.asdict(model.config)}
     for name, write in (("value_head.safetensors", lambda path: save_file(head, path, {"format": "pt"})),
                         ("model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))):
         write(folder / f"{name}.partial")

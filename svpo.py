@@ -27,11 +27,11 @@ class InputError(ValueError):
     """Bad input from the user: the commands print it as one line and end with status 2."""
 
 
-def flag(default, help: str, built_in=None, least=None, choices=None):
+def flag(default, help: str, built_in=None, least=None, choices=None, many=False):
     """A dataclass field that becomes a command-line flag. `built_in` is its default for the built-in task, `least` the
-    smallest value accepted, `choices` the only ones."""
+    smallest value accepted, `choices` the only ones; with `many` several words are joined by spaces."""
     return field(default=default, metadata={"help": help, "built_in": default if built_in is None else built_in, "least": least,
-                                            "choices": choices})
+                                            "choices": choices, "many": many})
 
 
 # --------------------------------------------------------------------------------------------- trees
@@ -108,11 +108,11 @@ def parts(tree: Tree, row_tokens: int):
     return [(size, piece, [size, *length[1:]]) for size, piece in zip(sizes, pieces)]
 
 
-def pack(trees: list[Tree], row_tokens: int = 0) -> Pack:
-    """Pack trees into rows of at most `row_tokens` tokens (first fit, largest first; 0: the largest tree's size). A longer
-    tree is cut between the root's children, the root's tokens repeated; a part that is still longer lengthens the rows.
-    Every node keeps its place in `node_E`, so losses do not depend on the packing."""
-    pieces = [(index, *part) for index, tree in enumerate(trees) for part in parts(tree, row_tokens)]
+def pack(trees: list[Tree], row_tokens: int = 0, device="cpu") -> Pack:
+    """Pack trees into rows of at most `row_tokens` tokens (first fit, largest first; 0: the largest tree's size; on CUDA, whole
+    blocks of flex_attention). A longer tree is cut between the root's children, the root's tokens repeated; a part that is
+    still longer lengthens the rows. Every node keeps its place in `node_E`, so losses do not depend on the packing."""
+    pieces, block = [(index, *part) for index, tree in enumerate(trees) for part in parts(tree, row_tokens)], 128 if "cuda" in str(device) else 1
     width = max([row_tokens, *(size for _, size, _, _ in pieces)])
     free, place = [], {}  # tokens left in each row; piece -> (row, column)
     for index in sorted(range(len(pieces)), key=lambda index: -pieces[index][1]):
@@ -122,7 +122,7 @@ def pack(trees: list[Tree], row_tokens: int = 0) -> Pack:
             free.append(width)
         place[index] = (row, width - free[row])
         free[row] -= size
-    width -= min(free)
+    width = math.ceil((width - min(free)) / block) * block
     token = [[0] * width for _ in free]
     position = [[0] * width for _ in free]
     end = [list(range(1, width + 1)) for _ in free]
@@ -350,7 +350,7 @@ def learn(tree: Tree, config: LossConfig) -> Lesson:
 class Batch:
     """Lessons in one pack, as tensors on `device`: pairs P, and vectors over the nodes E of the pack."""
     def __init__(self, lessons: list[Lesson], row_tokens: int = 0, device="cpu"):
-        self.packed = packed = pack([lesson.tree for lesson in lessons], row_tokens)
+        self.packed = packed = pack([lesson.tree for lesson in lessons], row_tokens, device)
         pairs = [([first + index for index in win], [first + index for index in lose], weight)
                  for lesson, first in zip(lessons, packed.first_node) for win, lose, weight in lesson.pairs]
         likelihood = torch.tensor([pair for lesson in lessons for pair in lesson.likelihood]).T

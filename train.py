@@ -31,14 +31,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import SourceConfig, StepTokenizer, find_folder, gather, is_built_in, keep_config, load_splits, once, parse_args, read_json, \
+from data import SourceConfig, StepTokenizer, find_folder, find_source, gather, is_built_in, keep_config, load_splits, once, parse_args, read_json, \
     read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
 from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
-from experiments.arithmetic import arithmetic_tokenizer
 from experiments.reports import describe
 from mcts import SearchConfig, search_trees
-from model import Llama, LlamaConfig, find_source, load_model, save_model
+from model import Llama, LlamaConfig, load_model, save_model
 from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, total_loss
+from tasks.arithmetic import arithmetic_tokenizer
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -50,10 +50,10 @@ DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
 class RunConfig(SourceConfig):
     """What to train on, and where to write."""
     model: str = flag("tiny", "tiny (from scratch, built-in task only), a folder, a preset or a repository id")
-    data: str = flag("arithmetic", "arithmetic (built in) or a JSONL file of training questions")
+    data: str = flag("arithmetic", "arithmetic (built in), or benchmarks and JSONL files of training questions", many=True)
     limit: int = flag(0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0)
     seed: int = flag(0, "seed of weights, questions, sampling and data order")
-    test_data: str = flag("", "JSONL file of test questions; empty: the last fifth of --data is held out")
+    test_data: str = flag("", "test questions; empty: the last fifth of --data is held out", many=True)
     test_limit: int = flag(500, "answer at most N test questions", least=1)
     sft_questions: int = flag(7000, "built-in task: worked solutions", least=1)
     search_questions: int = flag(4500, "built-in task: new questions a round, with answers only", least=1)
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None):
     job = Job(*stages, device=join_ranks(run))
     splits = load_splits(run)
     tokenizer = check_splits(job, splits)
-    folder = Path(run.out or f"runs/{Path(run.data).stem}-seed{run.seed}")
+    folder = Path(run.out or f"runs/{'-'.join(Path(name).stem for name in run.data.split())}-seed{run.seed}")
     open_run(folder, stages)
     previous, rows, first = start_folder(run, tokenizer, folder), [], "sft" if train.sft_steps else "start"
     for number in range(run.rounds + 1):

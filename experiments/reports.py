@@ -1,4 +1,5 @@
 """What the commands print and draw beside their tables; figures where matplotlib is present."""
+import random
 from pathlib import Path
 
 from data import StepTokenizer
@@ -21,6 +22,18 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer):
         node = tree.nodes[index]
         numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})" if "sibling" in label else ""
         print(f"{label:>11}  {tokenizer.tokenizer.decode(node.tokens).strip()}{numbers}", flush=True)
+
+
+def print_audit(answers: list[dict], count: int):
+    """How each strategy's answers were graded, and `count` of them, drawn at random, for a person to read."""
+    for row in answers:
+        print(f"\n{row['strategy']}, graded by: " + ", ".join(
+            f"{stage} {sum(found)} right {len(found) - sum(found)} wrong" for stage in ("text", "number", "algebra", "none")
+            if (found := [answer["correct"] for answer in row["answers"] if answer["graded_by"] == stage])))
+        for answer in random.Random(0).sample(row["answers"], min(count, len(row["answers"]))):
+            verdict = "right" if answer["correct"] else "wrong" if answer["answer"] is not None else "no answer found"
+            print(f"--- {answer['id']}: {verdict} by {answer['graded_by']}; stated {answer['answer']!r}, right is {answer['reference']!r}\n"
+                  f"{answer['text'].strip()[-400:]}")
 
 
 def print_diagnosis(found: dict):

@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from data import StepTokenizer
-from experiments.arithmetic import arithmetic_tokenizer  # noqa: E402
+from tasks.arithmetic import arithmetic_tokenizer  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 torch.set_num_threads(1)

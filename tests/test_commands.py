@@ -105,4 +105,4 @@ def test_benchmark_in_tiny_mode(work):
             assert 3 <= found["simulations"] <= 12 and found["nodes"] == 4 * found["simulations"]
         else:
             assert found["sampled_tokens"] == 32 * 4
-    assert "matrix products" in finish(start(ROOT / "bench.py", "profile", *words, cwd=folder))
+    assert "matrix products" in finish(start(ROOT / "experiments" / "search_speed.py", "profile", *words, cwd=folder))

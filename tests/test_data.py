@@ -7,7 +7,8 @@ import pytest
 
 import data
 from data import InputError, Question, StepTokenizer, extract_answer, is_correct, load_questions, read_trees, solution_tree
-from experiments.arithmetic import MODULUS, SPLIT_SIZE, SPLITS, arithmetic_questions, split_of
+from tasks import benchmarks
+from tasks.arithmetic import MODULUS, SPLIT_SIZE, SPLITS, arithmetic_questions, split_of
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -57,7 +58,7 @@ def test_extract_answer(text, answer):
     ("18", "19", False), ("0.333", "1/3", False), (None, "1", False), ("", "1", False), ("-3", "3", False), ("x", "x", True),
     ("2x+1", "2y", False), ("10 or 12", "10", False), ("3^2", "3", False), ("1,23", "1", False), ("1e3", "1", False),
     ("-$5", "-5", True), ("$-5", "-5", True), ("$ 5", "5", True), ("50%", "50", True), ("5.", "5", True), ("2 dollars.", "2", True),
-    ("1.5/2", "0.75", False), (".", "0", False), ("12 3", "12", False), ("1/0", "1", False), ("9" * 5000, "1", False), (".5", "0.5", True), ("1e999999999", "1", False)])
+    ("1.5/2", "0.75", True), (".", "0", False), ("12 3", "12", False), ("1/0", "1", False), ("9" * 5000, "1", False), (".5", "0.5", True), ("1e999999999", "1", False)])
 def test_is_correct(prediction, answer, same):
     """Catches string equality, float rounding, division by zero and numbers that take for ever."""
     assert is_correct(prediction, answer) is same
@@ -153,3 +154,36 @@ def test_gsm8k_answers_grade_themselves():
         assert is_correct(extract_answer(question.solution), question.answer)
         if float(question.answer.replace(",", "")) != float(other.answer.replace(",", "")):
             assert not is_correct(other.answer, question.answer)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the files of ../shared/data")
+def test_benchmarks():
+    """Catches published rows misread: counts, the first question and answer of each, worked solutions, own ids, several at once."""
+    wanted = {"gsm8k": (7473, "72", True), "gsm8k:test": (1319, "18", True), "math:test": (5000, "2", True), "math": (7498, None, True), "svamp": (1000, "145", False),
+              "mawps": (562, "14", False), "mawps:multiarith": (600, None, False), "prontoqa": (1000, None, True)}
+    for spec, (count, answer, solved) in wanted.items():
+        questions = load_questions(spec, data_dir=str(SHARED))
+        assert len(questions) == len({question.id for question in questions}) == count
+        assert answer in (None, questions[0].answer) and all(bool(question.solution) == solved for question in questions)
+        assert all(is_correct(extract_answer(question.solution), question.answer) for question in questions[:200] if solved)
+    assert "<<" not in load_questions("gsm8k", 5, data_dir=str(SHARED))[0].solution
+    assert {question.answer for question in load_questions("prontoqa", data_dir=str(SHARED))} == {"true", "false"}
+    assert len(load_questions("gsm8k math:test", 3, data_dir=str(SHARED))) == 6
+    assert load_questions("svamp", 1, data_dir=str(SHARED))[0].text.endswith("into 93 groups. How big is each group of bananas?")
+
+
+def test_benchmarks_that_are_not_there(tmp_path, monkeypatch):
+    """Catches tracebacks and half-written downloads where a file or the network is missing."""
+    with pytest.raises(InputError, match="the splits of gsm8k are train, test"):
+        load_questions("gsm8k:dev", data_dir=str(tmp_path))
+    with pytest.raises(InputError, match="gsm8k/train.jsonl does not exist"):
+        load_questions("gsm8k", data_dir=str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "gsm8k", (("train",), (tmp_path / "far.jsonl").as_uri()))
+    with pytest.raises(InputError, match="could not be read .* put the file at"):
+        load_questions("gsm8k")
+    (tmp_path / "far.jsonl").write_text('{"question": "?", "answer": "1 #### 2"}\n')
+    assert [(question.id, question.answer) for question in load_questions("gsm8k")] == [("gsm8k-train-1", "2")]
+    assert [path.name for path in (tmp_path / "svpo" / "gsm8k").iterdir()] == ["train.jsonl"]
+    with pytest.raises(InputError, match="no public address"):
+        load_questions("prontoqa")

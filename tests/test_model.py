@@ -6,38 +6,51 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import redraw, tiny_config
+from conftest import redraw
 from data import InputError
-from model import Llama, load_model, save_model, tree_mask
+from model import load_model, save_model, tree_mask
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_logits_equal_hugging_face(tmp_path, tied):
-    """Catches wrong rotary pairing, head order, group order, norm weights or tying, in loading and in the forward pass."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    twin = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-                                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                                        rope_theta=5000.0, rms_norm_eps=1e-5, tie_word_embeddings=tied)).eval()
-    redraw(twin).save_pretrained(tmp_path)
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+TWINS = {"llama": {}, "llama, tied": {"tie_word_embeddings": True}, "llama 3": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
+         "mistral": {"sliding_window": 100, "head_dim": 16}, "qwen2": {}, "qwen3": {"head_dim": 16}}
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_logits_equal_hugging_face(tmp_path, family):
+    """Catches wrong rotary pairing or scaling, head order, group order, norm weights, biases or tying, in loading and in the
+    forward pass; and a saved folder that Hugging Face reads as another model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.for_model(family.split(",")[0].split(" ")[0], **{**dict(
+        vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, rope_theta=5000.0, rms_norm_eps=1e-5, tie_word_embeddings=False), **TWINS[family]})
+    twin = redraw(AutoModelForCausalLM.from_config(config)).eval()
+    twin.save_pretrained(tmp_path / "theirs")
     token_BT = torch.randint(0, 97, (2, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        logits_BTV, value_BT = load_model(tmp_path)(token_BT)
+        model = load_model(tmp_path / "theirs")
+        logits_BTV, value_BT = model(token_BT)
         torch.testing.assert_close(logits_BTV, twin(token_BT).logits, atol=1e-4, rtol=0)
+        save_model(model, tmp_path / "ours")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+        assert type(again) is type(twin)
+        torch.testing.assert_close(again(token_BT).logits, logits_BTV, atol=1e-4, rtol=0)
+        assert torch.equal(load_model(tmp_path / "ours")(token_BT)[0], logits_BTV)
     assert value_BT.shape == token_BT.shape and value_BT.abs().max() < 1
+    assert model.config.max_position_embeddings == (100 if family == "mistral" else 128)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_saved_folder_opens_in_transformers(tmp_path, tied):
-    """Catches a config field or tensor name that Hugging Face does not understand, and a value head lost on save."""
-    from transformers import AutoModelForCausalLM
-    model = redraw(Llama(tiny_config(tie_word_embeddings=tied, rope_theta=3000.0))).eval()
-    save_model(model, tmp_path)
-    token_BT = torch.randint(0, 19, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours, again = model(token_BT), load_model(tmp_path)(token_BT)
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(token_BT).logits
-    torch.testing.assert_close(ours[0], theirs, atol=1e-4, rtol=0)
-    assert torch.equal(ours[0], again[0]) and torch.equal(ours[1], again[1])
+@pytest.mark.parametrize("changes, name", [
+    ({"model_type": "gemma"}, "gemma"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "llama3"), ({"sliding_window": 8}, "sliding_window"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"), ({"attention_bias": True}, "attention_bias")])
+def test_what_would_change_the_computation_is_refused(model_folder, changes, name):
+    """Catches checkpoints that load and compute something else."""
+    raw = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**raw, **changes}))
+    with pytest.raises(InputError, match=name):
+        load_model(model_folder)
 
 
 def test_shards_load_as_one_file(tmp_path, model_folder, model):

@@ -210,10 +210,10 @@ def upwards(tree, index):
 def test_grpo_gradient_is_that_of_the_samples_one_by_one(model, tokenizer):
     """Catches a group tree whose merged prefixes weigh less, more, or with the wrong sign, against each sample alone."""
     from eval import grow_groups
-    found = grow_groups(model, tokenizer, QUESTIONS, SearchConfig(max_depth=3, max_step_tokens=5, cache_tokens=40000), 40, 0)
+    found = grow_groups(model, tokenizer, QUESTIONS, SearchConfig(max_depth=3, max_step_tokens=2, cache_tokens=40000), 400, 0)
     assert any(item.visit_count > 1 and not item.ending for tree in found for item in tree.nodes[1:])  # a shared prefix
     for tree in found:
-        assert tree.nodes[0].visit_count == 40
+        assert tree.nodes[0].visit_count == 400
         ends = [index for index, item in enumerate(tree.nodes) if item.ending]
         for number, index in enumerate(ends):  # rewards drawn by hand: nobody solves anything here
             reward, count = (1.0 if number % 2 else -1.0), tree.nodes[index].visit_count
@@ -261,7 +261,9 @@ def test_block_mask_is_the_dense_mask(model, tokenizer):
 
 
 def test_logits_in_chunks_are_the_same(monkeypatch):
-    """Catches chunks that lose or reorder tokens, in values and gradients."""
+    """Catches chunks that lose or reorder tokens, in values and gradients, and a matrix of all logits at once."""
+    largest, real = [0], F.linear
+    monkeypatch.setattr(F, "linear", lambda *inputs: largest.append((out := real(*inputs)).numel()) or out)
     hidden_MD, weight_VD = torch.randn(50, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     token_M = torch.randint(0, 20, (50,))
     wanted = (hidden_MD @ weight_VD.T).log_softmax(-1)[torch.arange(50), token_M]
@@ -270,6 +272,7 @@ def test_logits_in_chunks_are_the_same(monkeypatch):
     torch.testing.assert_close(found, wanted)
     for ours, theirs in zip(*(torch.autograd.grad(logp.square().sum(), (hidden_MD, weight_VD)) for logp in (found, wanted))):
         torch.testing.assert_close(ours, theirs)
+    assert max(largest) == 20 * 7 and len(largest) > 2 * 8  # computed again in the backward pass
 
 
 def test_a_forest_without_pairs_still_trains(model, tokenizer):
