@@ -60,7 +60,7 @@ def growth(stages: tuple, live: int):
     """Our cost against simulations, live questions and prompt length."""
     def line(name, value, row):
         print(f"{name:>14} {value:>5}: {row['seconds']:8.1f} s, {row['nodes_s']:8.2f} nodes/s, {row['tokens_s']:8.1f} tokens/s, "
-              f"{row['seconds'] / row['simulations']:.3f} s a simulation, {row['peak_mb']:.0f} MB", flush=True)
+              f"{row['seconds'] / row['simulations']:.3f} s a simulation, {1000 * row['seconds'] / row['ticks']:.1f} ms a tick, {row['peak_mb']:.0f} MB", flush=True)
     for count in (8, 16, 32, 64):
         line("simulations", count, measure(stages, "ours", simulations=count, questions=live, cache_tokens=live * 16384))
     for count in (1, 2, 4, 8, 16, 32, 64, 128):

@@ -51,9 +51,12 @@ def test_an_interrupted_search_ends_with_one_tree_a_question(work):
         while len(whole_lines(folder)) < before + 3 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(stop)  # torchrun hands SIGTERM on to its ranks; a SIGKILL they would outlive
+        while stop == signal.SIGINT and process.poll() is None:  # Python drops one that arrives within a destructor
+            time.sleep(0.5)
+            process.send_signal(stop)
         process.communicate(timeout=60)
         if stop == signal.SIGINT:
-            assert process.returncode == 130
+            assert process.returncode in (130, -signal.SIGINT)  # the second while Python ends already
     assert 9 <= len(whole_lines(folder)) < QUESTIONS, "the search ended before it was killed: make it longer"
     with open(folder / "trees.jsonl", "a") as file:
         file.write('{"id": "torn')
