@@ -1,7 +1,6 @@
-"""Flags, questions, answers, tokens and files: what the commands read and write.
+"""Flags, ranks, tokens and files: what the commands read and write. Questions and answers come from tasks/.
 
-A solution is a list of steps, one line each. Questions come from the built-in task or from JSONL files; trees (see
-svpo.py) are written as JSON lines.
+A solution is a list of steps; trees (see svpo.py) are written as JSON lines.
 """
 import argparse
 import dataclasses
@@ -13,13 +12,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
-from tasks.benchmarks import find_file, to_row
-from tasks.grading import algebra, extract_answer, grade, is_correct, needs_algebra  # noqa: F401
+from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
+from tasks.published import find_folder
+from tasks.questions import Question, grader, is_built_in, load_questions, load_splits, read_rows  # noqa: F401
+from tasks.steps import chat_template, run_code, split_xml
 
 
 def parse_args(description: str, stages: tuple, argv: list[str], required: tuple = ()) -> tuple:
@@ -65,33 +67,13 @@ class SourceConfig:
     data: str = flag("", "arithmetic[:SPLIT] (test if not said), or benchmarks (NAME[:SPLIT]) and JSONL files of questions", many=True)
     data_dir: str = flag("", "folder of benchmarks, NAME/SPLIT.jsonl; empty: they are downloaded")
     prompt: str = flag("", "file with the text around {question}")
+    chat: bool = flag(False, "put the prompt into the model's chat template")
+    steps: str = flag("lines", "a step is a line, or XML: <step> with <p>, <code>, <output>", choices=("lines", "xml"))
+    tools: str = flag("none", "python: code in XML steps runs, and what it prints is added", choices=("none", "python"))
     limit: int = flag(0, "use the first N questions; 0: all (500 built-in ones)", least=0)
     seed: int = flag(0, "seed of sampling")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
-
-
-PRESETS = {  # names for `find_folder`; any other name is a folder or a Hugging Face repository id
-    "llama-7b": "huggyllama/llama-7b", "llama-2-7b": "meta-llama/Llama-2-7b-hf", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "deepseekmath-7b": "deepseek-ai/deepseek-math-7b-base", "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
-    "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B", "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
-}
-
-
-def find_folder(name: str | Path) -> Path:
-    """A local folder as it is; otherwise a preset or a repository id, downloaded with huggingface-hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    repository = PRESETS.get(str(name), str(name))
-    if str(name) not in PRESETS and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
-        raise InputError(f"{name}: no such folder, and not a preset ({', '.join(PRESETS)}) or repository id owner/name")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:  # network, authorisation, unknown repository: all end the same way for the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: no such folder, and downloading {repository} failed: {reason}")
 
 
 def run_command(main):
@@ -161,127 +143,36 @@ def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **mo
         raise InputError(f"{path} is of another configuration: {', '.join(different)}; choose another --out")
 
 
-@dataclass
-class Question:
-    id: str
-    text: str
-    answer: str
-    solution: str | None = None  # worked solution, one step a line, for SFT
-
-
-def is_built_in(spec: str) -> bool:
-    """Whether a --data names the built-in task, not a file."""
-    return spec.split(":")[0] == "arithmetic"
-
-
-def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir: str = "") -> list[Question]:
-    """Questions of `arithmetic[:split]` (default split: test), or of benchmarks and JSONL files, the first `limit` of each.
-
-    A row has `question`, `answer` and optionally `solution` and `id`, or the fields of a published benchmark; where the
-    answer ends with GSM8K's `#### N`, the text before it is the solution. Raises InputError with file and line.
-    """
-    if is_built_in(data):
-        from tasks.arithmetic import arithmetic_questions
-        return arithmetic_questions(data.partition(":")[2] or "test", 500 if limit is None else limit, seed)
-    questions, ids = [], set()
-    for spec in [data] if Path(data).exists() else data.split():
-        path = find_file(spec, data_dir)
-        stem = path.stem if path == Path(spec) else f"{path.parent.name}-{path.stem}"
-        for number, row in read_rows(path, limit):
-            row, where = to_row(row), f"{path}, line {number}"
-            if row is None:
-                print(f"{where}: no answer; left out")
-                continue
-            for key in ("question", "answer"):
-                if not isinstance(row.get(key), (str, int, float)) or isinstance(row[key], bool) or not str(row[key]).strip():
-                    raise InputError(f"{where}: needs a non-empty {key!r} (text or number)")
-            answer, solution = str(row["answer"]), row.get("solution")
-            if "####" in answer:
-                solution = solution or re.sub(r"<<[^<>]*>>", "", answer)  # without GSM8K's calculator marks
-                answer = extract_answer(answer) or ""
-                if not answer:
-                    raise InputError(f"{where}: no answer after '####'")
-            if solution is not None and not isinstance(solution, str):
-                raise InputError(f"{where}: 'solution' must be text")
-            question = Question(str(row.get("id", f"{stem}-{number}")), str(row["question"]).strip(), answer, solution)
-            if question.id in ids:
-                raise InputError(f"{where}: id {question.id!r} occurs twice")
-            ids.add(question.id)
-            questions.append(question)
-    if not questions:
-        raise InputError(f"{data}: no questions in this file")
-    hard = [question.answer for question in questions if needs_algebra(question.answer)]
-    if hard and not algebra.available():
-        raise InputError(f"{data}: {len(hard)} answers, such as {hard[0]!r}, take algebra to compare: pip install math-verify")
-    return questions
-
-
-def load_splits(run) -> dict[str, list]:
-    """Disjoint questions for a train.RunConfig: sft (worked solutions), search (a list a round), valid (sibling accuracy), test."""
-    if run.data == "arithmetic":
-        searched = load_questions("arithmetic:search", run.rounds * run.search_questions, run.seed)
-        return {"sft": load_questions("arithmetic:sft", run.sft_questions, run.seed),
-                "search": [searched[number::run.rounds] for number in range(run.rounds)],
-                "valid": load_questions("arithmetic:valid", run.valid_questions), "test": load_questions("arithmetic:test", run.test_limit)}
-    questions = load_questions(run.data, run.limit or None, data_dir=run.data_dir)
-    if run.test_data:
-        test = load_questions(run.test_data, run.test_limit, data_dir=run.data_dir)
-    else:
-        held_out = max(1, len(questions) // 5)
-        questions, test = questions[:-held_out], questions[-held_out:][:run.test_limit]
-        print(f"no --test-data: the last {held_out} questions of {run.data} are held out for the table")
-    tested = {question.text for question in test}
-    kept = [question for question in questions if question.text not in tested]
-    if len(kept) < len(questions):
-        print(f"{len(questions) - len(kept)} training questions also stand in the test set and are dropped")
-    if not kept:
-        raise InputError(f"{run.data}: no question is left for training")
-    return {"sft": [question for question in kept if question.solution], "search": [kept] * run.rounds, "valid": [], "test": test}
-
-
-def read_rows(path: Path, limit: int | None = None, content: bytes | None = None):
-    """(line number, object) of each non-blank line of a JSONL file, or of its `content`; the first `limit` of them."""
-    try:
-        lines = (path.read_bytes() if content is None else content).decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
-    for number, line in [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})")
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a JSON object is wanted, not {type(row).__name__}")
-        yield number, row
-
-
 def read_template(path: str) -> str:
     """The prompt around {question}: the text of a file, or the question and a line break."""
     if not path:
         return "{question}\n"
     try:
-        return Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the prompt cannot be read ({error})")
+    if "{question}" not in template:
+        raise InputError(f"{path}: the prompt must contain {{question}}")
+    return template
 
 
 # --------------------------------------------------------------------------------------------- tokens
 class StepTokenizer:
-    """A tokenizer.json with the prompt template, end-of-text, and where steps end.
+    """A tokenizer.json with the prompt template (in a chat template, where `chat` renders one), end-of-text, and where steps end.
 
-    A step ends with the token in which a line break follows some visible text, wherever in the token that falls.
+    A step ends with the token in which a line break follows some visible text, wherever in the token that falls; in XML
+    with the token that closes `</step>`. With `tools` the code of XML steps runs where it ends (tasks/steps.py).
     """
-    def __init__(self, tokenizer: Tokenizer, eos_ids: list[int], template: str = "{question}\n"):
-        if "{question}" not in template:
-            raise InputError("the prompt must contain {question}")
-        self.tokenizer, self.eos_ids, self.template = tokenizer, eos_ids, template
+    def __init__(self, tokenizer: Tokenizer, eos_ids: list[int], template: str = "{question}\n", chat=None, xml=False, tools=False):
+        self.tokenizer, self.eos_ids, self.template, self.chat, self.xml, self.tools = tokenizer, eos_ids, template, chat, xml, tools
         texts = [tokenizer.decode([index], skip_special_tokens=False) for index in range(tokenizer.get_vocab_size())]
-        # of each token: ends the text, holds a line break, holds visible text, holds visible text before its line break
-        self.tables_4V = torch.tensor([[index in eos_ids, "\n" in text, bool(text.strip()), bool(text.partition("\n")[0].strip())]
+        # of each token: ends the text, may end a step, holds visible text, holds visible text before its line break
+        self.tables_4V = torch.tensor([[index in eos_ids, ">" in text, True, True] if xml else
+                                       [index in eos_ids, "\n" in text, bool(text.strip()), bool(text.partition("\n")[0].strip())]
                                        for index, text in enumerate(texts)]).T.contiguous()
 
     @staticmethod
-    def load(folder: str | Path, template: str = "{question}\n") -> "StepTokenizer":
+    def load(folder: str | Path, template: str = "{question}\n", **more) -> "StepTokenizer":
         """Read tokenizer.json, and the end-of-text ids from config.json and generation_config.json."""
         path = Path(folder) / "tokenizer.json"
         if not path.exists():
@@ -299,22 +190,51 @@ class StepTokenizer:
                 vocabulary = raw.get("vocab_size", vocabulary)
         if vocabulary is not None and tokenizer.get_vocab_size() > vocabulary:
             raise InputError(f"{path}: {tokenizer.get_vocab_size()} tokens, but the model's vocabulary has {vocabulary}")
-        return StepTokenizer(tokenizer, sorted(eos_ids), template)
+        return StepTokenizer(tokenizer, sorted(eos_ids), template, **more)
 
     def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
         """The prompt's tokens; more than `room` are refused."""
-        prompt = self.tokenizer.encode(self.template.replace("{question}", question.text)).ids
+        text = self.template.replace("{question}", question.text)
+        prompt = self.tokenizer.encode(self.chat(text.strip()) if self.chat else text, add_special_tokens=not self.chat).ids
         if room is not None and len(prompt) > room:
             raise InputError(f"question {question.id}: its prompt has {len(prompt)} tokens, but beside one step the model's "
                              f"context has room for {room}")
         return prompt
 
-    def encode_steps(self, solution: str) -> list[list[int]]:
-        """One token list a line; the last step ends with end-of-text in place of the line break."""
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text that continues another one: some tokenizers put a space before whatever comes first."""
+        anchor = "a" if text[0].isspace() else "\n"
+        before, both, alone = (self.tokenizer.encode(part, add_special_tokens=False).ids for part in (anchor, anchor + text, text))
+        return both[len(before):] if both[:len(before)] == before else alone
+
+    def encode_steps(self, solution: str) -> list[tuple[list[int], list[bool]]]:
+        """Of each step its tokens, and which of them the model is to write; the last one ends with end-of-text, for a line break."""
         lines = [line + "\n" for line in solution.split("\n") if line.strip()]
         lines[-1:] = [line[:-1] for line in lines[-1:]]
-        steps = [self.tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
-        return steps[:-1] + [step + self.eos_ids[:1] for step in steps[-1:]]
+        steps = [[(self.encode(text), written) for text, written in step]
+                 for step in (split_xml(solution) if self.xml else [[(line, True)] for line in lines])]
+        steps[-1:] = [step + [(self.eos_ids[:1], True)] for step in steps[-1:]]
+        return [(sum((ids for ids, _ in step), []), [written for ids, written in step for _ in ids]) for step in steps]
+
+    def run_code(self, solutions: list[str]) -> list[list[int]]:
+        """Tokens of the output to add to each partial solution: none where it does not end with code, or tools are off."""
+        ready = [text for text in solutions if self.tools and text.rstrip().endswith("</code>")]
+        outputs = dict(zip(ready, run_code(ready) if ready else []))
+        return [self.encode(outputs[text]) if text in outputs else [] for text in solutions]
+
+    def draw(self, logits_XV: torch.Tensor, uniform_X: torch.Tensor, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (X,) at a temperature (0: the likeliest) by inverting the cumulative distribution, and their
+        untempered log-probabilities. Ids that the tokenizer does not have are never drawn, but count in the softmax."""
+        known_XV = logits_XV[:, :self.tables_4V.shape[1]]
+        if temperature == 0:
+            token_X = known_XV.argmax(dim=-1)
+        else:
+            cumulative_XV = (known_XV / temperature).softmax(dim=-1).cumsum(dim=-1)
+            target_X1 = (uniform_X * cumulative_XV[:, -1])[:, None]
+            token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0].clamp(max=known_XV.shape[1] - 1)
+        logp_X = logits_XV.gather(1, token_X[:, None])[:, 0] - logits_XV.logsumexp(dim=-1)
+        return token_X.cpu().numpy(), logp_X.cpu().numpy()
+
 
 # --------------------------------------------------------------------------------------------- trees
 def write_trees(file, trees):
@@ -365,7 +285,7 @@ def to_tree(question: Question, root, simulations: int, stopped: str) -> Tree:
     """The stored form of a searched tree (mcts.Node), breadth-first."""
     nodes, queue = [], [(root, -1)]
     for node, parent in queue:
-        nodes.append(TreeNode(parent, node.tokens, [parent >= 0] * len(node.tokens), node.logp, node.prior,
+        nodes.append(TreeNode(parent, node.tokens, node.sampled or [parent >= 0] * len(node.tokens), node.logp, node.prior,
                               node.visit_count, node.q_value, node.value, node.reward, node.ending))
         queue += [(child, len(nodes) - 1) for child in node.children]
     return Tree(question.id, question.text, question.answer, nodes, simulations, stopped)
@@ -375,15 +295,20 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     """A worked solution as a tree with one branch."""
     prompt = tokenizer.encode_prompt(question)
     nodes = [TreeNode(-1, prompt, [False] * len(prompt))]
-    for step in tokenizer.encode_steps(question.solution):
-        nodes.append(TreeNode(len(nodes) - 1, step, [True] * len(step)))
+    for tokens, written in tokenizer.encode_steps(question.solution):
+        nodes.append(TreeNode(len(nodes) - 1, tokens, written))
     return Tree(question.id, question.text, question.answer, nodes)
 
 
 def find_source(source: SourceConfig) -> tuple[Path, "StepTokenizer"]:
     """The folder of the model that a command names, and its tokenizer with the prompt template."""
-    folder = find_folder(source.model)
-    tokenizer = StepTokenizer.load(folder, read_template(source.prompt))  # first: a tokenizer of another model is told by its size
+    folder, xml, tools = find_folder(source.model), source.steps == "xml", source.tools == "python"
+    if tools and not xml:
+        raise InputError("--tools python needs --steps xml: lines have no code blocks")
+    if tools and run_code(["<code>6 * 7</code>"]) != ["\n<output>\n42\n</output>\n"]:
+        raise InputError("--tools python: the sandbox does not compute 6 * 7")
+    chat = chat_template(folder) if source.chat else None
+    tokenizer = StepTokenizer.load(folder, read_template(source.prompt), chat=chat, xml=xml, tools=tools)  # first: a tokenizer of another model is told by its size
     if not (folder / "value_head.safetensors").exists():
         print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
     return folder, tokenizer

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, is_correct, keep_config, load_source, parse_args, resume_trees, \
+from data import Question, SourceConfig, StepTokenizer, extract_answer, grader, keep_config, load_source, parse_args, resume_trees, \
     run_command, to_tree, write_trees
 from model import Llama, TreeCache
 from svpo import InputError, flag
@@ -49,7 +49,7 @@ class Node:
     """A step and the partial solution that ends with it. One player: values never change sign on the way up."""
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
-    logp: float = 0.0  # sum of untempered log-probabilities of the step's tokens
+    logp: float = 0.0  # sum of the sampled tokens' untempered log-probabilities
     value: float = 0.0  # V, read at the step's last token
     ending: str | None = None  # terminal: "answer", "eos", "cut" or "deep"
     reward: float | None = None
@@ -58,6 +58,7 @@ class Node:
     value_sum: float = 0.0  # W
     closed: bool = False  # nothing below is left to select
     text: str = ""
+    sampled: list[bool] = field(default_factory=list)  # which tokens the model wrote; empty: all
     position: int = 0  # tokens on the path, this step's included
     hidden_D: Tensor | None = None  # final hidden state of the last token; this and `place` are the driver's
     place: int = 0  # where the driver's cache keeps the step
@@ -69,7 +70,7 @@ class Node:
     @property
     def prior(self) -> float:
         """exp(mean token log-probability), not normalised over siblings (AlphaMath official code)."""
-        return math.exp(self.logp / max(1, len(self.tokens))) if self.parent else 1.0
+        return math.exp(self.logp / max(1, sum(self.sampled or [True] * len(self.tokens)))) if self.parent else 1.0
 
     @property
     def q_value(self) -> float:
@@ -142,13 +143,6 @@ def backup(node: Node, value: float):
         node = node.parent
 
 
-def grader(question: Question):
-    """Outcome of a terminal node: +1 where its answer is right, else -1 (no answer, cut and too deep included)."""
-    def grade(node: Node) -> float:
-        return 1.0 if node.ending == "answer" and is_correct(extract_answer(node.text), question.answer) else -1.0
-    return grade
-
-
 LINE, EOS, CUT = 1, 2, 3  # how a lane's step has ended
 
 
@@ -190,7 +184,7 @@ class Driver:
         self.live, self.text = np.zeros((2, rows * lanes), dtype=bool)
         self.token, self.position, self.slot, self.length, self.ending = np.zeros((5, rows * lanes), dtype=np.int64)
         self.logp = np.zeros(rows * lanes)
-        self.step_XC, self.slot_XC = np.zeros((2, rows * lanes, self.step_tokens), dtype=np.int64)
+        self.step_XC, self.slot_XC, self.given_XC = np.zeros((3, rows * lanes, self.step_tokens), dtype=np.int64)  # given: -1 is none
         self.uniform_XC = np.zeros((rows * lanes, self.step_tokens), dtype=np.float32)  # the random numbers of each lane's step
         self.next_slot, self.next_place = np.zeros((2, rows), dtype=np.int64)
         self.parent, self.children = [None] * (rows * lanes), [[]] * rows  # by lane; by row the complete children
@@ -291,7 +285,7 @@ class Driver:
         """Start a step of `parent` in a lane, from the hidden state that lies there."""
         self.parent[lane], self.position[lane], self.length[lane], self.logp[lane] = parent, parent.position - 1, 0, 0.0
         self.live[lane], self.ending[lane], self.text[lane] = True, 0, False
-        self.uniform_XC[lane] = rng.random(self.step_tokens)
+        self.uniform_XC[lane], self.given_XC[lane] = rng.random(self.step_tokens), -1
 
     def sample(self):
         """Sample the next token of every live lane, give it a slot, and see whether it ends the step."""
@@ -302,30 +296,30 @@ class Driver:
         self.next_slot += count_B
         count = self.length[lanes]
         logits_XV = self.model.logits(self.hidden_XD[self.to_device(lanes)]).float()
-        token, logp = self.draw(logits_XV, self.to_device(self.uniform_XC[lanes, count]))
+        token, logp = self.tokenizer.draw(logits_XV, self.to_device(self.uniform_XC[lanes, count]), self.temperature)
+        own = self.given_XC[lanes, count] < 0
+        token, logp = np.where(own, token, self.given_XC[lanes, count]), np.where(own, logp, 0.0)
         self.token[lanes], self.slot[lanes] = self.step_XC[lanes, count], self.slot_XC[lanes, count] = token, slot
         self.mask_BNS[row, column, slot] = True
         self.logp[lanes] += logp
         self.position[lanes] += 1
         self.length[lanes] += 1
-        eos, breaks, text, before = self.tables[:, token]
+        eos, breaks, text, before = self.tables[:, token] & own
         breaks &= self.text[lanes] | before  # a line break ends a step once there is visible text before it
         self.text[lanes] |= text
+        if self.tokenizer.xml and breaks.any():
+            breaks[breaks] = self.close_tags(lanes[breaks])
         self.ending[lanes] = np.where(eos, EOS, np.where(breaks, LINE, np.where(count + 1 >= self.step_tokens, CUT, 0)))
-        self.sampled_tokens += len(lanes)
+        self.sampled_tokens += int(own.sum())
 
-    def draw(self, logits_XV: Tensor, uniform_X: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (X,) at the driver's temperature (0: the likeliest) by inverting the cumulative distribution, and their
-        untempered log-probabilities. Ids that the tokenizer does not have are never drawn, but count in the softmax."""
-        known_XV = logits_XV[:, :self.tables.shape[1]]
-        if self.temperature == 0:
-            token_X = known_XV.argmax(dim=-1)
-        else:
-            cumulative_XV = (known_XV / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-            target_X1 = (uniform_X * cumulative_XV[:, -1])[:, None]
-            token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0].clamp(max=known_XV.shape[1] - 1)
-        logp_X = logits_XV.gather(1, token_X[:, None])[:, 0] - logits_XV.logsumexp(dim=-1)
-        return token_X.cpu().numpy(), logp_X.cpu().numpy()
+    def close_tags(self, lanes: np.ndarray) -> list[bool]:
+        """Which lanes' XML steps have ended. Where code has, it runs, and what it prints are the lane's next tokens."""
+        decode = self.tokenizer.tokenizer.decode
+        texts = ["".join(node.text for node in self.parent[lane].path()) + decode(self.step_XC[lane, :self.length[lane]]) for lane in lanes]
+        for lane, given in zip(lanes, self.tokenizer.run_code(texts)):
+            room = self.given_XC[lane, self.length[lane]:]
+            room[:len(given)] = given[:len(room)]
+        return [text.rstrip().endswith("</step>") for text in texts]
 
     def feed(self):
         """Feed the newest token of every live lane."""
@@ -346,7 +340,7 @@ class Driver:
         for lane, value in zip(ended, values):
             (row, column), parent, count = divmod(lane, self.lanes), self.parent[lane], int(self.length[lane])
             node = Node(parent, self.step_XC[lane, :count].tolist(), float(self.logp[lane]), value,
-                        position=parent.position + count, hidden_D=self.hidden_XD[lane].clone())
+                        sampled=(self.given_XC[lane, :count] < 0).tolist(), position=parent.position + count, hidden_D=self.hidden_XD[lane].clone())
             node.text = self.tokenizer.tokenizer.decode(node.tokens)
             node.ending = {LINE: None, EOS: "eos", CUT: "cut"}[self.ending[lane]]
             if node.ending != "cut" and extract_answer(node.text) is not None:

@@ -28,7 +28,8 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 def extract_answer(text: str) -> str | None:
     """What follows the last `####` or `\\boxed`, or where there is neither, the last "The answer is" or "Final Answer:"; None where no
-    answer is stated."""
+    answer is stated. What code printed (`<output>`) states none."""
+    text = re.sub(r"<output>.*?(</output>|\Z)", "", text, flags=re.DOTALL) if "<output>" in text else text
     marks = list(MARK.finditer(text))
     strong = [mark for mark in marks if mark[0][0] in "#\\"]
     for mark in (strong or marks)[:-20:-1]:

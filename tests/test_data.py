@@ -7,7 +7,7 @@ import pytest
 
 import data
 from data import InputError, Question, StepTokenizer, extract_answer, is_correct, load_questions, read_trees, solution_tree
-from tasks import benchmarks
+from tasks import published
 from tasks.arithmetic import MODULUS, SPLIT_SIZE, SPLITS, arithmetic_questions, split_of
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -179,7 +179,7 @@ def test_benchmarks_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="gsm8k/train.jsonl does not exist"):
         load_questions("gsm8k", data_dir=str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "gsm8k", (("train",), (tmp_path / "far.jsonl").as_uri()))
+    monkeypatch.setitem(published.BENCHMARKS, "gsm8k", (("train",), (tmp_path / "far.jsonl").as_uri()))
     with pytest.raises(InputError, match="could not be read .* put the file at"):
         load_questions("gsm8k")
     (tmp_path / "far.jsonl").write_text('{"question": "?", "answer": "1 #### 2"}\n')

@@ -306,12 +306,11 @@ def test_samples_do_not_depend_on_the_neighbours(model, tokenizer):
         assert [node.tokens for node in tree.nodes] == [node.tokens for node in alone[tree.id].nodes]
 
 
-def test_sampling_follows_the_distribution(model, tokenizer):
+def test_sampling_follows_the_distribution(tokenizer):
     """Catches a wrong inverse of the cumulative distribution, and a temperature that also tempers what is recorded."""
-    driver = Driver(model, tokenizer, [], 1, 1, 0.5, CONFIG, 1)
     logits_V = torch.linspace(-1, 1, tokenizer.tables_4V.shape[1] + 2)
     uniform_X = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    token_X, logp_X = driver.draw(logits_V.expand(4000, -1), uniform_X)
+    token_X, logp_X = tokenizer.draw(logits_V.expand(4000, -1), uniform_X, 0.5)
     wanted_V = (logits_V[:-2] / 0.5).softmax(-1)
     counted_V = torch.bincount(torch.from_numpy(token_X), minlength=len(wanted_V)) / 4000
     torch.testing.assert_close(counted_V, wanted_V, atol=1e-3, rtol=0)

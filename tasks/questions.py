@@ -1,0 +1,110 @@
+"""Questions: from the built-in task, published benchmarks and JSONL files, and the splits to train and test on."""
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from svpo import InputError
+from tasks.grading import algebra, extract_answer, is_correct, needs_algebra
+from tasks.published import find_file, to_row
+
+
+@dataclass
+class Question:
+    id: str
+    text: str
+    answer: str
+    solution: str | None = None  # worked solution, one step a line, for SFT
+
+
+def is_built_in(spec: str) -> bool:
+    """Whether a --data names the built-in task, not a file."""
+    return spec.split(":")[0] == "arithmetic"
+
+
+def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir: str = "") -> list[Question]:
+    """Questions of `arithmetic[:split]` (default split: test), or of benchmarks and JSONL files, the first `limit` of each.
+
+    A row has `question`, `answer` and optionally `solution` and `id`, or the fields of a published benchmark; where the
+    answer ends with GSM8K's `#### N`, the text before it is the solution. Raises InputError with file and line.
+    """
+    if is_built_in(data):
+        from tasks.arithmetic import arithmetic_questions
+        return arithmetic_questions(data.partition(":")[2] or "test", 500 if limit is None else limit, seed)
+    questions, ids = [], set()
+    for spec in [data] if Path(data).exists() else data.split():
+        path = find_file(spec, data_dir)
+        stem = path.stem if path == Path(spec) else f"{path.parent.name}-{path.stem}"
+        for number, row in read_rows(path, limit):
+            row, where = to_row(row), f"{path}, line {number}"
+            if row is None:
+                print(f"{where}: no answer; left out")
+                continue
+            for key in ("question", "answer"):
+                if not isinstance(row.get(key), (str, int, float)) or isinstance(row[key], bool) or not str(row[key]).strip():
+                    raise InputError(f"{where}: needs a non-empty {key!r} (text or number)")
+            answer, solution = str(row["answer"]), row.get("solution")
+            if "####" in answer:
+                solution = solution or re.sub(r"<<[^<>]*>>", "", answer)  # without GSM8K's calculator marks
+                answer = extract_answer(answer) or ""
+                if not answer:
+                    raise InputError(f"{where}: no answer after '####'")
+            if solution is not None and not isinstance(solution, str):
+                raise InputError(f"{where}: 'solution' must be text")
+            question = Question(str(row.get("id", f"{stem}-{number}")), str(row["question"]).strip(), answer, solution)
+            if question.id in ids:
+                raise InputError(f"{where}: id {question.id!r} occurs twice")
+            ids.add(question.id)
+            questions.append(question)
+    if not questions:
+        raise InputError(f"{data}: no questions in this file")
+    hard = [question.answer for question in questions if needs_algebra(question.answer)]
+    if hard and not algebra.available():
+        raise InputError(f"{data}: {len(hard)} answers, such as {hard[0]!r}, take algebra to compare: pip install math-verify")
+    return questions
+
+
+def load_splits(run) -> dict[str, list]:
+    """Disjoint questions for a train.RunConfig: sft (worked solutions), search (a list a round), valid (sibling accuracy), test."""
+    if run.data == "arithmetic":
+        searched = load_questions("arithmetic:search", run.rounds * run.search_questions, run.seed)
+        return {"sft": load_questions("arithmetic:sft", run.sft_questions, run.seed),
+                "search": [searched[number::run.rounds] for number in range(run.rounds)],
+                "valid": load_questions("arithmetic:valid", run.valid_questions), "test": load_questions("arithmetic:test", run.test_limit)}
+    questions = load_questions(run.data, run.limit or None, data_dir=run.data_dir)
+    if run.test_data:
+        test = load_questions(run.test_data, run.test_limit, data_dir=run.data_dir)
+    else:
+        held_out = max(1, len(questions) // 5)
+        questions, test = questions[:-held_out], questions[-held_out:][:run.test_limit]
+        print(f"no --test-data: the last {held_out} questions of {run.data} are held out for the table")
+    tested = {question.text for question in test}
+    kept = [question for question in questions if question.text not in tested]
+    if len(kept) < len(questions):
+        print(f"{len(questions) - len(kept)} training questions also stand in the test set and are dropped")
+    if not kept:
+        raise InputError(f"{run.data}: no question is left for training")
+    return {"sft": [question for question in kept if question.solution], "search": [kept] * run.rounds, "valid": [], "test": test}
+
+
+def read_rows(path: Path, limit: int | None = None, content: bytes | None = None):
+    """(line number, object) of each non-blank line of a JSONL file, or of its `content`; the first `limit` of them."""
+    try:
+        lines = (path.read_bytes() if content is None else content).decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    for number, line in [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error})")
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a JSON object is wanted, not {type(row).__name__}")
+        yield number, row
+
+
+def grader(question: Question):
+    """Outcome of a terminal node: +1 where its answer is right, else -1 (no answer, cut and too deep included)."""
+    def grade(node) -> float:
+        return 1.0 if node.ending == "answer" and is_correct(extract_answer(node.text), question.answer) else -1.0
+    return grade
