@@ -231,9 +231,7 @@ def pairs_of(source: SourceConfig, config: BenchConfig) -> list[Lesson]:
     for tree in read_trees(config.trees):
         if tree.id not in questions:
             raise InputError(f"{config.trees}: question {tree.id} is not among those of --data {source.data}")
-        prompt = tokenizer.encode_prompt(questions[tree.id])
-        tree.nodes[0] = replace(tree.nodes[0], tokens=prompt, sampled=[False] * len(prompt))
-        lesson = learn(tree, LossConfig("step-dpo"))
+        lesson = learn(tokenizer.set_prompt(tree, questions[tree.id]), LossConfig("step-dpo"))
         lessons += [replace(lesson, pairs=[(win, lose, 1.0) for win, lose, _ in lesson.pairs])] if lesson.pairs else []
     if not lessons:
         raise InputError(f"{config.trees}: no tree has a pair")

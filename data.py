@@ -3,6 +3,7 @@
 A solution is a list of steps; trees (see svpo.py) are written as JSON lines.
 """
 import argparse
+import copy
 import dataclasses
 import glob
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from tokenizers import Tokenizer
 
 from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
 from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
-from tasks.published import find_folder
+from tasks.published import PRESETS, find_folder  # noqa: F401
 from tasks.questions import Question, grader, is_built_in, load_questions, load_splits, read_rows  # noqa: F401
 from tasks.steps import chat_template, run_code, split_xml
 
@@ -86,6 +88,19 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def join_ranks(source: SourceConfig) -> str:
+    """Join the other ranks where FSDP is needed: with several of them, or to compute in bfloat16. Returns the device."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    single = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if not single or source.dtype != "float32":  # one rank may search for days longer than another
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=30), **single)
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")
+    return device
 
 
 def share(items) -> list:
@@ -200,6 +215,18 @@ class StepTokenizer:
             raise InputError(f"question {question.id}: its prompt has {len(prompt)} tokens, but beside one step the model's "
                              f"context has room for {room}")
         return prompt
+
+    def under(self, prompt: str) -> "StepTokenizer":
+        """The same under another prompt file; itself, if there is none."""
+        other = copy.copy(self) if prompt else self
+        other.template = read_template(prompt) if prompt else self.template
+        return other
+
+    def set_prompt(self, tree: Tree, question: Question) -> Tree:
+        """A tree that was grown under another prompt, under this one."""
+        prompt = self.encode_prompt(question)
+        root = dataclasses.replace(tree.nodes[0], tokens=prompt, sampled=[False] * len(prompt))
+        return dataclasses.replace(tree, nodes=[root, *tree.nodes[1:]])
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that continues another one: some tokenizers put a space before whatever comes first."""

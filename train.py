@@ -19,7 +19,6 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,9 +30,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import SourceConfig, StepTokenizer, find_folder, find_source, gather, is_built_in, keep_config, load_splits, once, parse_args, read_json, \
+from data import SourceConfig, StepTokenizer, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
     read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
 from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
+from experiments.plan import print_plan, shape_of
 from experiments.reports import describe
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, load_model, save_model
@@ -53,6 +53,7 @@ class RunConfig(SourceConfig):
     data: str = flag("arithmetic", "arithmetic (built in), or benchmarks and JSONL files of training questions", many=True)
     limit: int = flag(0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0)
     seed: int = flag(0, "seed of weights, questions, sampling and data order")
+    train_prompt: str = flag("", "prompt to train and answer under, where search has another (a few-shot) --prompt")
     test_data: str = flag("", "test questions; empty: the last fifth of --data is held out", many=True)
     test_limit: int = flag(500, "answer at most N test questions", least=1)
     sft_questions: int = flag(7000, "built-in task: worked solutions", least=1)
@@ -60,6 +61,7 @@ class RunConfig(SourceConfig):
     valid_questions: int = flag(300, "built-in task: questions searched only to measure sibling accuracy", least=1)
     rounds: int = flag(1, "rounds of search and training; AlphaMath: 3", built_in=2, least=0)
     out: str = flag("", "run folder; empty: runs/DATA-seedN")
+    plan: bool = flag(False, "print what each phase takes on 1 to 64 GPUs, from the model's shape alone, and end")
 
 
 @dataclass(frozen=True)
@@ -83,28 +85,32 @@ class TrainConfig:
 
 def main(argv: list[str] | None = None):
     stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), sys.argv[1:] if argv is None else argv)
-    run, train, _, losses, _ = stages
+    run, train, search, losses, _ = stages
     if is_built_in(run.data) and run.data != "arithmetic":
         raise InputError(f"--data {run.data}: training takes all splits of the built-in task: --data arithmetic")
     if (run.model == "tiny") != (run.data == "arithmetic"):
         raise InputError("--model tiny and --data arithmetic go together; real questions need a real --model")
+    if run.model == "tiny" and (run.chat or run.steps != "lines"):
+        raise InputError("--chat and --steps xml need a real --model: the tiny one learns lines")
     if losses.objective not in OBJECTIVES.keys() - {"sft"}:
         raise InputError(f"--objective {losses.objective}: there are {', '.join(sorted(OBJECTIVES.keys() - {'sft'}))}")
-    job = Job(*stages, device=join_ranks(run))
-    splits = load_splits(run)
-    tokenizer = check_splits(job, splits)
+    if run.plan:
+        shape = LlamaConfig(arithmetic_tokenizer().get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
+        return print_plan(shape, *stages)
+    device, splits = join_ranks(run), load_splits(run)
+    job = Job(*stages, device, *check_splits(run, train, search, splits))
     folder = Path(run.out or f"runs/{'-'.join(Path(name).stem for name in run.data.split())}-seed{run.seed}")
     open_run(folder, stages)
-    previous, rows, first = start_folder(run, tokenizer, folder), [], "sft" if train.sft_steps else "start"
+    previous, rows, first = start_folder(run, job.tokenizer, folder), [], "sft" if train.sft_steps else "start"
     for number in range(run.rounds + 1):
         stage = folder / (f"round{number}" if number else first)
         stage.mkdir(exist_ok=True)
         if stage.name != "start":  # the start is the model as it was given
             if not (stage / "config.json").exists():
-                train_stage(job, previous, stage, splits, number, tokenizer)
+                train_stage(job, previous, stage, splits, number)
             once(lambda: [shutil.rmtree(path) for path in stage.glob("checkpoint*")])
             previous = stage
-        rows.append(evaluate(job, tokenizer, splits, previous, stage, folder / first))
+        rows.append(evaluate(job, splits, previous, stage, folder / first))
         print_table(rows[-1:], f"after {stage.name}")
     print_table(rows, f"{folder}: {rows[0]['answers'][0]['questions']} unseen questions, seed {run.seed}; accuracy in %")
     if dist.is_initialized():
@@ -115,13 +121,15 @@ def main(argv: list[str] | None = None):
 
 @dataclass(frozen=True)
 class Job:
-    """The configuration, and where to compute."""
+    """The configuration, where to compute, and the tokenizers with the prompts to search and to train under."""
     run: RunConfig
     train: TrainConfig
     search: SearchConfig
     losses: LossConfig
     answering: AnswerConfig
     device: str
+    tokenizer: StepTokenizer
+    plain: StepTokenizer
 
     def load(self, folder: Path, dtype: str = "") -> Llama:
         """A whole copy of a model, in the type to compute in or `dtype`; those that nobody holds any more go first."""
@@ -130,35 +138,24 @@ class Job:
         return load_model(folder, self.device, getattr(torch, dtype or self.run.dtype), self.run.seed)
 
 
-def join_ranks(run: RunConfig) -> str:
-    """Join the other ranks where FSDP is needed: with several of them, or to compute in bfloat16. Returns the device."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if run.device == "cuda" else run.device
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    single = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if not single or run.dtype != "float32":  # one rank may search for days longer than another
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=30), **single)
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def check_splits(job: Job, splits: dict) -> StepTokenizer:
-    """The tokenizer. What does not fit, SFT without solutions and a checkpoint that does not load are refused: nothing is written yet."""
-    if job.run.model == "tiny":
-        tokenizer, context = StepTokenizer(arithmetic_tokenizer(), [0], read_template(job.run.prompt)), TINY["max_position_embeddings"]
+def check_splits(run: RunConfig, train: TrainConfig, search: SearchConfig, splits: dict) -> tuple[StepTokenizer, StepTokenizer]:
+    """The tokenizers of a Job. What does not fit, SFT without solutions and a checkpoint that does not load are refused: nothing is written yet."""
+    if run.model == "tiny":
+        tokenizer, context = StepTokenizer(arithmetic_tokenizer(), [0], read_template(run.prompt)), TINY["max_position_embeddings"]
     else:
-        folder, tokenizer = find_source(job.run)
+        folder, tokenizer = find_source(run)
         context = load_model(folder, "meta").config.max_position_embeddings
+    plain = tokenizer.under(run.train_prompt)
     for question in [question for name in ("valid", "test") for question in splits[name]] + sum(splits["search"], []):
-        tokenizer.encode_prompt(question, context - job.search.max_step_tokens)
-    if job.train.sft_steps and not splits["sft"]:
+        tokenizer.encode_prompt(question, context - search.max_step_tokens)
+        plain.encode_prompt(question, context - search.max_step_tokens)
+    if train.sft_steps and not splits["sft"]:
         raise InputError("--sft-steps needs questions with worked solutions, and there is none")
-    for question in splits["sft"] if job.train.sft_steps else []:
-        length = sum(len(node.tokens) for node in solution_tree(question, tokenizer).nodes)
+    for question in splits["sft"] if train.sft_steps else []:
+        length = sum(len(node.tokens) for node in solution_tree(question, plain).nodes)
         if length > context:
             raise InputError(f"question {question.id}: prompt and solution have {length} tokens, the model's context {context}")
-    return tokenizer
+    return tokenizer, plain
 
 
 def open_run(folder: Path, stages: tuple):
@@ -169,7 +166,7 @@ def open_run(folder: Path, stages: tuple):
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     once(lambda: None)  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
-    keep_config(folder / "config.json", stages, free=("out", "device"), write=not int(os.environ.get("RANK", 0)), commit=commit)
+    keep_config(folder / "config.json", stages, free=("out", "device", "plan"), write=not int(os.environ.get("RANK", 0)), commit=commit)
 
 
 def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path:
@@ -192,15 +189,15 @@ def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path
 
 # --------------------------------------------------------------------------------------------- training
 
-def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int, tokenizer: StepTokenizer):
+def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int):
     """Train the model in `previous` on the stage's data, and write it to `stage`."""
     run, train, losses = job.run, job.train, job.losses
     batch, lr, trees = train.tune_batch, train.tune_lr, []
     if number == 0:
         batch, lr, losses = train.sft_batch, train.sft_lr, LossConfig("sft", sft_weight=1.0)
-        trees = [solution_tree(question, tokenizer) for question in splits["sft"]]
+        trees = [solution_tree(question, job.plain) for question in splits["sft"]]
     elif losses.objective != "grpo":
-        trees = grow_trees(job, previous, stage, splits["search"][number - 1], number, tokenizer)
+        trees = grow_trees(job, previous, stage, splits["search"][number - 1], number)
     lessons = [lesson for lesson in (learn(tree, losses) for tree in trees) if len(lesson.tree.nodes) > 1]
     if trees and not lessons:
         raise InputError(f"{stage.name}: no tree has a step that --objective {losses.objective} learns from")
@@ -217,7 +214,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         if lessons:
             return [(place, lessons[index]) for place, index in mine]
         questions = [replace(items[index], id=f"{step} {place}") for place, index in mine]  # a question may come twice
-        groups = grow_groups(whole(model, run.dtype), tokenizer, questions, job.search, train.group, run.seed + number)
+        groups = grow_groups(whole(model, run.dtype), job.plain, questions, job.search, train.group, run.seed + number)
         return [(place, learn(tree, losses)) for (place, _), tree in zip(mine, groups)]
     optimize(model, steps, lr, lessons_of, losses, train, run.seed + number, stage)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -359,7 +356,7 @@ def forget(stage: Path, step: int):
 
 # --------------------------------------------------------------------------------------------- trees and measuring
 
-def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: int, tokenizer: StepTokenizer) -> list[Tree]:
+def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: int) -> list[Tree]:
     """Search the round's questions, each rank its share; each tree is written as it ends, and questions that have one are
     not searched again. Their log-probabilities are replaced by those of one pass with the policy that grew them."""
     model, rank, ranks = job.load(previous), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -367,27 +364,29 @@ def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: i
     once(lambda: None)  # all have read, before anybody writes
     left = share(question for question in questions if question.id not in done)
     with open(stage / f"trees-{rank}.jsonl", "a") as file:
-        write_trees(file, search_trees(model, tokenizer, left, job.search, job.run.seed + number, f"{stage.name} search"))
+        write_trees(file, search_trees(model, job.tokenizer, left, job.search, job.run.seed + number, f"{stage.name} search"))
     once(lambda: None)
     found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
     trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
-    describe(trees, tokenizer)
+    describe(trees, job.tokenizer)
+    if job.plain is not job.tokenizer:
+        trees = [job.plain.set_prompt(tree, question) for tree, question in zip(trees, questions)]
     if OBJECTIVES[job.losses.objective].pairs:
         add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens, job.train.pack_tokens)
     return trees
 
 
-def evaluate(job: Job, tokenizer: StepTokenizer, splits: dict, source: Path, stage: Path, first: Path) -> dict:
+def evaluate(job: Job, splits: dict, source: Path, stage: Path, first: Path) -> dict:
     """The stage's row of the table, from its eval.json where that exists; `source` holds its model. Sibling accuracy is
     measured on validation trees that its own policy grew, and on those of the `first` stage: the same pairs for all."""
     path = stage / "eval.json"
     if path.exists():
         return read_json(path)
     model = job.load(source)
-    row = {"stage": stage.name, "answers": [answer_questions(model, tokenizer, splits["test"], strategy, job.search, job.answering, job.run.seed)
+    row = {"stage": stage.name, "answers": [answer_questions(model, job.plain, splits["test"], strategy, job.search, job.answering, job.run.seed)
                                             for strategy in STRATEGIES]}
     if splits["valid"]:
-        trees = gather(grow_judged(model, tokenizer, share(splits["valid"]), job.search, job.run.seed, f"{stage.name} sibling accuracy"))
+        trees = gather(grow_judged(model, job.plain, share(splits["valid"]), job.search, job.run.seed, f"{stage.name} sibling accuracy"))
         if stage == first:
             once(lambda: write_trees(open(first / "valid-trees.jsonl", "w"), trees))
         row["siblings"] = sibling_accuracy(trees)

@@ -2,15 +2,21 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from conftest import ROOT
-from data import read_trees
+from conftest import ROOT, tiny_config
+from data import StepTokenizer, load_questions, read_trees
+from eval import rescore
+from model import Llama, load_model, save_model
+from test_steps import characters_tokenizer
 
 QUESTIONS = 300
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -109,3 +115,51 @@ def test_benchmark_in_tiny_mode(work):
         else:
             assert found["sampled_tokens"] == 32 * 4
     assert "matrix products" in finish(start(ROOT / "experiments" / "search_speed.py", "profile", *words, cwd=folder))
+
+
+def test_the_7b_command_on_a_tiny_model(tmp_path):
+    """Catches flags of the README's 7B command that do not go together: its words, on LLaMA's own configuration made small, two ranks."""
+    fields = {"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 32,
+              "intermediate_size": 48, "initializer_range": 0.02, "max_sequence_length": 2048, "model_type": "llama", "num_attention_heads": 4,
+              "num_hidden_layers": 2, "pad_token_id": 0, "rms_norm_eps": 1e-06, "torch_dtype": "float16", "transformers_version": "4.27.0",
+              "use_cache": True, "vocab_size": 97}
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    characters_tokenizer().save(str(folder / "tokenizer.json"))
+    save_model(Llama(tiny_config(vocab_size=97, num_key_value_heads=4)).init_weights(0), folder)
+    (folder / "value_head.safetensors").unlink()
+    (folder / "config.json").write_text(json.dumps(fields))
+    for name, rows in {"gsm8k/train": [{"question": f"{a}+1?", "answer": f"{a}+1=<<{a}+1={a + 1}>>{a + 1}\n#### {a + 1}"} for a in range(8)],
+                       "gsm8k/test": [{"question": f"{a}+2?", "answer": f"{a}+2={a + 2}\n#### {a + 2}"} for a in range(3)],
+                       "math/train": [{"problem": f"{a}+3?", "solution": f"It is $\\boxed{{{a + 3}}}$.", "answer": f"{a + 3}"} for a in range(4)]}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = re.search(r"    torchrun --nproc-per-node 8 (train.py --model llama-7b .*(?:\n        .*)*)", (ROOT / "README.md").read_text())[1]
+    words = [str(ROOT / word) if word.startswith("prompts/") else word for word in command.replace("\\\n", " ").split()[3:]]
+    smaller = ["--sft-steps", "2", "--sft-batch", "4", "--simulations", "2", "--max-step-tokens", "12", "--max-depth", "2", "--tune-batch", "8",
+               "--rounds", "1", "--search-rows", "4", "--cache-tokens", "8000", "--answer-lanes", "16", "--device", "cpu"]
+    printed = finish(start("-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train.py", "--model", folder, *words, *smaller,
+                           "--data-dir", ".", "--out", "run", cwd=tmp_path))
+    assert "12 trees" in printed and "3 unseen questions" in printed
+    assert load_model(tmp_path / "run" / "round1").config.rms_norm_eps == 1e-6
+    plan = finish(start(ROOT / "train.py", "--model", "llama-7b", *words, "--plan", cwd=tmp_path))
+    assert "80 GB" not in plan or "fits on 2, 4, 8, 64" in plan and "may end early" not in plan
+
+
+def test_trees_of_a_few_shot_prompt_are_trained_under_another(work):
+    """Catches a reference pass, losses or answers under the prompt of the search where --train-prompt names another."""
+    folder, words = work
+    (folder / "plain.txt").write_text("{question}\n")
+    rows = [json.loads(line) for line in (folder / "sums.jsonl").read_text().splitlines()[:20]]
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word if word != "sums.jsonl" else "few.jsonl" for word in words]
+    finish(start(ROOT / "train.py", *words, "--train-prompt", "plain.txt", "--tune-epochs", "1", "--out", "run", cwd=folder))
+    trees = read_trees(folder / "run" / "round1" / "trees-0.jsonl")
+    tokenizer = StepTokenizer.load(folder / "model")
+    assert all(tokenizer.tokenizer.decode(tree.nodes[0].tokens).startswith("1+1") for tree in trees)  # the search saw the examples
+    with safe_open(folder / "run" / "round1" / "reference.safetensors", "pt") as file:
+        stored = file.get_tensor("logp")
+    found = {tree.id: tree for tree in trees}
+    questions = load_questions(str(folder / "few.jsonl"))[:16]  # the last fifth is held out
+    plain = rescore(load_model(folder / "model"), [tokenizer.set_prompt(found[question.id], question) for question in questions])
+    torch.testing.assert_close(stored, torch.tensor([node.logp for tree in plain for node in tree.nodes]), atol=1e-3, rtol=1e-4)

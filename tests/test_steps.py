@@ -37,12 +37,16 @@ Final Answer: 12
 
 @pytest.fixture
 def xml_tokenizer() -> StepTokenizer:
+    return StepTokenizer(characters_tokenizer(), [0], xml=True, tools=True)
+
+
+def characters_tokenizer() -> Tokenizer:
     """One token a character."""
     characters = {"<eos>": 0} | {chr(code): number for number, code in enumerate([10, *range(32, 127)], 1)}
     tokenizer = Tokenizer(models.BPE(characters, [], unk_token="<eos>"))
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.decoder = decoders.Fuse()
-    return StepTokenizer(tokenizer, [0], xml=True, tools=True)
+    return tokenizer
 
 
 HOSTILE = {  # snippet, what it prints or the limit that stops it, what holds it
