@@ -81,7 +81,7 @@ def test_a_training_step_takes_what_is_planned(tmp_path):
     state = 16 * sizes.count()[0]
     for recompute in (True, False):
         planned = state + sizes.activations(1500, recompute)
-        assert 0.7 < found[str(recompute)] * 2**20 / planned < 1.15
+        assert 0.75 < found[str(recompute)] * 2**20 / planned < 1.25, (found, planned / 2**20)
 
 
 def test_the_plan_is_printed_without_weights(tmp_path):
