@@ -23,7 +23,7 @@ from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed o
 from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
 from tasks.published import PRESETS, find_folder  # noqa: F401
 from tasks.questions import Question, grader, is_built_in, load_questions, load_splits, read_rows  # noqa: F401
-from tasks.steps import chat_template, run_code, split_xml
+from tasks.steps import chat_template, closed, run_code, split_xml  # noqa: F401
 
 
 def parse_args(description: str, stages: tuple, argv: list[str], required: tuple = ()) -> tuple:
@@ -176,7 +176,7 @@ class StepTokenizer:
     """A tokenizer.json with the prompt template (in a chat template, where `chat` renders one), end-of-text, and where steps end.
 
     A step ends with the token in which a line break follows some visible text, wherever in the token that falls; in XML
-    with the token that closes `</step>`. With `tools` the code of XML steps runs where it ends (tasks/steps.py).
+    with the token that closes `</step>`, whatever else that holds. With `tools` the code of XML steps runs where it ends (tasks/steps.py).
     """
     def __init__(self, tokenizer: Tokenizer, eos_ids: list[int], template: str = "{question}\n", chat=None, xml=False, tools=False):
         self.tokenizer, self.eos_ids, self.template, self.chat, self.xml, self.tools = tokenizer, eos_ids, template, chat, xml, tools
@@ -243,11 +243,20 @@ class StepTokenizer:
         steps[-1:] = [step + [(self.eos_ids[:1], True)] for step in steps[-1:]]
         return [(sum((ids for ids, _ in step), []), [written for ids, written in step for _ in ids]) for step in steps]
 
-    def run_code(self, solutions: list[str]) -> list[list[int]]:
-        """Tokens of the output to add to each partial solution: none where it does not end with code, or tools are off."""
-        ready = [text for text in solutions if self.tools and text.rstrip().endswith("</code>")]
-        outputs = dict(zip(ready, run_code(ready) if ready else []))
-        return [self.encode(outputs[text]) if text in outputs else [] for text in solutions]
+    def run_code(self, solutions: list[str], room: list[int]) -> list[list[int]]:
+        """Tokens of the output to add to each partial solution, which ends with code; shortened where there is no room for them
+        and for the end of the step."""
+        outputs = dict(zip(dict.fromkeys(solutions), run_code(list(dict.fromkeys(solutions)))))
+        self.tokenizer.encode_special_tokens, found = True, []  # what is printed is text, whatever it looks like
+        for solution, left in zip(solutions, room):
+            head, tail = "\n"[:not solution.endswith("\n")] + "<output>\n", "\n</output>\n"
+            ids = self.encode(head + outputs[solution] + tail)
+            if len(ids) > left - 16:
+                start, end = self.encode(head), self.encode(tail)
+                ids = start + self.encode(outputs[solution] or " ")[:max(0, left - 16 - len(start) - len(end))] + end
+            found.append(ids)
+        self.tokenizer.encode_special_tokens = False
+        return found
 
     def draw(self, logits_XV: torch.Tensor, uniform_X: torch.Tensor, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (X,) at a temperature (0: the likeliest) by inverting the cumulative distribution, and their
@@ -332,7 +341,7 @@ def find_source(source: SourceConfig) -> tuple[Path, "StepTokenizer"]:
     folder, xml, tools = find_folder(source.model), source.steps == "xml", source.tools == "python"
     if tools and not xml:
         raise InputError("--tools python needs --steps xml: lines have no code blocks")
-    if tools and run_code(["<code>6 * 7</code>"]) != ["\n<output>\n42\n</output>\n"]:
+    if tools and run_code(["<code>6 * 7</code>"]) != ["42"]:
         raise InputError("--tools python: the sandbox does not compute 6 * 7")
     chat = chat_template(folder) if source.chat else None
     tokenizer = StepTokenizer.load(folder, read_template(source.prompt), chat=chat, xml=xml, tools=tools)  # first: a tokenizer of another model is told by its size

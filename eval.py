@@ -285,7 +285,7 @@ def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
         for win, lose, _ in sibling_pairs(tree):
             w, l = scored.nodes[win], scored.nodes[lose]
             gaps = (w.value - l.value, (w.logp - tree.nodes[win].logp) - (l.logp - tree.nodes[lose].logp),
-                    w.logp / len(w.tokens) - l.logp / len(l.tokens))
+                    w.logp / max(1, sum(w.sampled)) - l.logp / max(1, sum(l.sampled)))
             depths.setdefault(depth[win], []).append([0.5 if abs(gap) < 1e-3 else float(gap > 0) for gap in gaps])
         for index, (right, wrong) in enumerate(zip(*outcomes_below(tree))):
             if index and right + wrong:

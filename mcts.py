@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, grader, keep_config, load_source, parse_args, resume_trees, \
+from data import Question, SourceConfig, StepTokenizer, closed, extract_answer, grader, keep_config, load_source, parse_args, resume_trees, \
     run_command, to_tree, write_trees
 from model import Llama, TreeCache
 from svpo import InputError, flag
@@ -165,6 +165,8 @@ class Driver:
         self.lanes, self.through, self.step_tokens = lanes, through, config.max_step_tokens
         self.device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
         self.tables = tokenizer.tables_4V.numpy()
+        if tokenizer.tools and self.step_tokens < 128:
+            raise InputError(f"--max-step-tokens {self.step_tokens}: steps with code and its output need at least 128")
         room = model.config.max_position_embeddings - self.step_tokens
         self.waiting = [(question, tokenizer.encode_prompt(question, room)) for question in questions][::-1]
         lengths, new = [len(prompt) for _, prompt in self.waiting] or [1], lanes * self.step_tokens
@@ -315,11 +317,13 @@ class Driver:
     def close_tags(self, lanes: np.ndarray) -> list[bool]:
         """Which lanes' XML steps have ended. Where code has, it runs, and what it prints are the lane's next tokens."""
         decode = self.tokenizer.tokenizer.decode
-        texts = ["".join(node.text for node in self.parent[lane].path()) + decode(self.step_XC[lane, :self.length[lane]]) for lane in lanes]
-        for lane, given in zip(lanes, self.tokenizer.run_code(texts)):
-            room = self.given_XC[lane, self.length[lane]:]
-            room[:len(given)] = given[:len(room)]
-        return [text.rstrip().endswith("</step>") for text in texts]
+        parts = [(decode(self.step_XC[lane, :self.length[lane]]), decode(self.step_XC[lane, :self.length[lane] - 1])) for lane in lanes]
+        if ready := [(lane, part[0]) for lane, part in zip(lanes, parts) if self.tokenizer.tools and "<code>" in part[0] and closed("code", *part)]:
+            solutions = ["".join(node.text for node in self.parent[lane].path()) + text for lane, text in ready]
+            room = [self.step_tokens - int(self.length[lane]) for lane, _ in ready]
+            for (lane, _), given in zip(ready, self.tokenizer.run_code(solutions, room)):
+                self.given_XC[lane, self.length[lane]:][:len(given)] = given[:self.step_tokens - self.length[lane]]
+        return [closed("step", *part) for part in parts]
 
     def feed(self):
         """Feed the newest token of every live lane."""

@@ -53,7 +53,7 @@ class RunConfig(SourceConfig):
     data: str = flag("arithmetic", "arithmetic (built in), or benchmarks and JSONL files of training questions", many=True)
     limit: int = flag(0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0)
     seed: int = flag(0, "seed of weights, questions, sampling and data order")
-    train_prompt: str = flag("", "prompt to train and answer under, where search has another (a few-shot) --prompt")
+    train_prompt: str = flag("", "prompt to train, answer, and search a trained model under; --prompt is then for the untrained one")
     test_data: str = flag("", "test questions; empty: the last fifth of --data is held out", many=True)
     test_limit: int = flag(500, "answer at most N test questions", least=1)
     sft_questions: int = flag(7000, "built-in task: worked solutions", least=1)
@@ -363,13 +363,14 @@ def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: i
     done = {tree.id for tree in resume_trees(stage / "trees.jsonl", rank, ranks)}
     once(lambda: None)  # all have read, before anybody writes
     left = share(question for question in questions if question.id not in done)
+    prompted = job.plain if number > 1 or job.train.sft_steps else job.tokenizer  # once the policy is trained, under its prompt
     with open(stage / f"trees-{rank}.jsonl", "a") as file:
-        write_trees(file, search_trees(model, job.tokenizer, left, job.search, job.run.seed + number, f"{stage.name} search"))
+        write_trees(file, search_trees(model, prompted, left, job.search, job.run.seed + number, f"{stage.name} search"))
     once(lambda: None)
     found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
     trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
     describe(trees, job.tokenizer)
-    if job.plain is not job.tokenizer:
+    if job.plain is not prompted:
         trees = [job.plain.set_prompt(tree, question) for tree, question in zip(trees, questions)]
     if OBJECTIVES[job.losses.objective].pairs:
         add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens, job.train.pack_tokens)

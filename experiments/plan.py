@@ -70,7 +70,7 @@ def print_plan(config: LlamaConfig, run, train, search, losses, answering):
     sampled = search.simulations * search.expand_width * search.max_step_tokens // 2
     print(f"{run.model}: {total / 1e9:.2f} B parameters, computing in {run.dtype}; {capacity / 1e9:.0f} GB a GPU, {100 * SPARE:.0f} % of it kept "
           f"free\nAssumed: prompts of {prompt} tokens in search and {plain} in training; trees of {sampled} sampled tokens (steps half as long "
-          f"as --max-step-tokens)\n--cache-tokens {search.cache_tokens} of {sizes.cached_token() / 1e6:.3f} MB each: with --search-rows "
+          f"as --max-step-tokens), packed without padding\n--cache-tokens {search.cache_tokens} of {sizes.cached_token() / 1e6:.3f} MB each: with --search-rows "
           f"{search.search_rows} a question's tree has room for {tree}" + (" and may end early\n" if tree < sampled else "\n"))
     lanes = max(search.search_rows * search.expand_width, answering.answer_lanes)
     working = lanes * config.vocab_size * (width + 16) + search.search_rows * prompt * (2 * config.intermediate_size + 4 * config.hidden_size) * width
@@ -83,9 +83,11 @@ def print_plan(config: LlamaConfig, run, train, search, losses, answering):
         whole = count == 1 and run.dtype == "float32"  # nothing is sharded
         state = 16 * total / count  # float32 weights, gradients, and AdamW's two moments
         gathered = 0 if whole else (2 * root + 3 * block) * width + 4 * max(root, block)
-        tokens = train.pack_tokens or math.ceil(train.tune_batch / count) * (plain + sampled)
+        tokens = max(train.pack_tokens or math.ceil(train.tune_batch / count) * (plain + sampled), plain + sampled)
         kept = sizes.activations(tokens, train.recompute)
         loading = 4 * total * (1 + (0 if whole else 1 / count))  # whole in float32, then its shards beside it
+        if losses.objective == "grpo":  # a whole copy samples between the steps
+            kept += weights + cache + working
         phases = {"loading": loading, "search": weights + cache + working, "training": state + gathered + kept}
         figures = [f"{value / 1e9:.1f}" for value in (loading, weights, cache, working, phases["search"], state, gathered, kept, phases["training"])]
         print(f"{count:>5} {figures[0]:>8} | {figures[1]:>7} {figures[2]:>6} {figures[3]:>6} {figures[4]:>6} {room:>22,} | "
@@ -98,7 +100,8 @@ def print_plan(config: LlamaConfig, run, train, search, losses, answering):
     fitting = [count for count in GPUS if not any(line.startswith(f"{count} GPU") for line in problems)]
     print(f"It fits on {', '.join(map(str, fitting)) or 'none'} of these. Host memory: each rank reads the whole file, {4 * total / 1e9:.0f} GB in float32; "
           "rank 0 gathers as much to save")
-    tick = (weights + cache / 2) / (BANDWIDTH * SHARE)
+    slots = prompt + (search.max_depth + search.expand_width) * search.max_step_tokens  # that a tick reads at most, of each row
+    tick = (weights + search.search_rows * slots * sizes.cached_token()) / (BANDWIDTH * SHARE)
     searching = 1000 * sampled / (search.search_rows * search.expand_width / tick)
     flops = (8 if train.recompute else 6) * total * (plain + sampled) * train.tune_epochs * 1000
     print(f"\nFloor of the time at {100 * SHARE:.0f} % of an H100's bandwidth and matrix rate, for 1,000 questions on one GPU (divide by "

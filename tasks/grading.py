@@ -28,14 +28,14 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 def extract_answer(text: str) -> str | None:
     """What follows the last `####` or `\\boxed`, or where there is neither, the last "The answer is" or "Final Answer:"; None where no
-    answer is stated. What code printed (`<output>`) states none."""
-    text = re.sub(r"<output>.*?(</output>|\Z)", "", text, flags=re.DOTALL) if "<output>" in text else text
+    answer is stated. Code (`<code>`) and what it printed (`<output>`) state none."""
+    text = re.sub(r"<(code|output)>.*?(</\1>|\Z)", "", text, flags=re.DOTALL) if "<code>" in text or "<output>" in text else text
     marks = list(MARK.finditer(text))
     strong = [mark for mark in marks if mark[0][0] in "#\\"]
     for mark in (strong or marks)[:-20:-1]:
         rest = text[mark.end():]
         if mark[0][0] != "\\":
-            return rest.partition("\n")[0].strip(" :\t\r").rstrip(".").strip() or None
+            return re.split(r"\n|</p>|</step>", rest, maxsplit=1)[0].strip(" :\t\r").rstrip(".").strip() or None
         rest = rest.lstrip(" \t")
         found = braced(rest) if rest.startswith("{") else (re.match(r"\d+", rest) or [None])[0]
         if found and found.strip():

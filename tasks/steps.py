@@ -11,7 +11,7 @@ from pathlib import Path
 
 from svpo import InputError
 
-OUTPUT = re.compile(r"\s*<output>.*?</output>\n?", re.DOTALL)  # as `to_output` writes it, with the space before it
+BLOCK = re.compile(r"<code>(.*?)</code>(\s*<output>.*?</output>\n?)?", re.DOTALL)  # a block of code, and its output
 SHOWN = 2000  # characters of output that a solution can see
 
 
@@ -21,27 +21,32 @@ def split_xml(solution: str) -> list[list[tuple[str, bool]]]:
     for step in [step for step in re.findall(r".*?</step>|.+\Z", solution.strip(), re.DOTALL) if step.strip()]:
         split.append([])
         place = 0
-        for match in OUTPUT.finditer(step):
-            split[-1] += [(step[place:match.start()], True), (match[0], False)]
-            place = match.end()
+        for match in BLOCK.finditer(step):
+            if match[2]:
+                split[-1] += [(step[place:match.start(2)], True), (match[2], False)]
+                place = match.end()
         split[-1] += [(step[place:], True)]
     return [[(text, written) for text, written in step if text] for step in split]
 
 
-def to_output(text: str, printed: str, limit: str) -> str:
-    """What follows `text`, which ends with a block of code: its output, shortened, with no tag that could end it."""
-    printed = printed.strip()[:SHOWN].replace("</", "<\\/") + (f"\n[stopped: {limit}]" if limit else "")
-    return "\n"[:not text.endswith("\n")] + f"<output>\n{printed.strip()}\n</output>\n"
+def closed(tag: str, text: str, before: str) -> bool:
+    """Whether the newest token closes a tag; `before` is the text without that token, which may hold more than the tag's end."""
+    return text.count(f"</{tag}>") > before.count(f"</{tag}>")
 
 
 def run_code(solutions: list[str]) -> list[str]:
-    """The output to add to each partial solution that ends with a block of code; its earlier blocks run again before it."""
+    """What each partial solution prints that ends with a block of code, shortened, with no tag that could end it. Its earlier blocks
+    run again before it, but those that a limit stopped."""
     from tasks import sandbox
 
     def one(solution: str) -> str:
-        blocks = re.findall(r"<code>(.*?)</code>", OUTPUT.sub("", solution), re.DOTALL)
-        return to_output(solution, *sandbox.run([re.sub(r"\A\s*```\w*\n|```\s*\Z", "", block).strip() for block in blocks]))
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        blocks = [(re.sub(r"\A\s*```\w*\n|```\s*\Z", "", code), output) for code, output in BLOCK.findall(solution)]
+        if not blocks:  # </code> without <code>
+            return ""
+        printed, limit = sandbox.run([code for code, output in blocks[:-1] if "\n[stopped: " not in output] + [blocks[-1][0]])
+        return (printed.strip()[:SHOWN].replace("</", "<\\/") + (f"\n[stopped: {limit}]" if limit else "")).strip("\n")
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(min(16, max(1, cores))) as pool:
         return list(pool.map(one, solutions))
 
 

@@ -1,6 +1,7 @@
 """XML steps, code that runs, chat templates, and tokenizers that put a space before what comes first."""
 import json
 import os
+import tempfile
 import time
 
 import pytest
@@ -13,8 +14,9 @@ from eval import rescore
 from mcts import Driver, SearchConfig, search_trees
 from model import Llama
 from svpo import InputError, LossConfig, learn, pack
+from tasks.grading import extract_answer
 from tasks.sandbox import run
-from tasks.steps import chat_template, run_code, split_xml, to_output
+from tasks.steps import chat_template, closed, run_code, split_xml
 
 SOLUTION = """<step>
 <p>
@@ -55,9 +57,9 @@ HOSTILE = {  # snippet, what it prints or the limit that stops it, what holds it
     "a program in its place": ("import os\nos.execv('/bin/ls', ['ls', '/'])", "PermissionError"),
     "a child left behind": ("import os\nif os.fork() == 0:\n    import time\n    time.sleep(1000)", "PermissionError"),
     "threads": ("import threading\nthreading.Thread(target=print).start()", "RuntimeError"),
-    "infinite loop": ("while True: pass", "processor time"),
-    "sleep": ("import time\ntime.sleep(1000)", "wall clock"),
-    "output closed, then sleep": ("import os, time\nos.close(1), os.close(2)\ntime.sleep(1000)", "wall clock"),
+    "infinite loop": ("while True: pass", "time"),
+    "sleep": ("import time\ntime.sleep(1000)", "time"),
+    "output closed, then sleep": ("import os, time\nos.close(1), os.close(2)\ntime.sleep(1000)", "time"),
     "10 GB allocation": ("x = bytearray(10**10)", "MemoryError"),
     "limits raised": ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(10**10)", "Error: "),
     "endless print": ("while True: print('a' * 100)", "output"),
@@ -70,21 +72,41 @@ HOSTILE = {  # snippet, what it prints or the limit that stops it, what holds it
     "datagram": ("import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)", "PermissionError"),
     "write outside": ("open('/tmp/svpo-hostile', 'w').write('x')", "PermissionError"),
     "mode of a file outside": ("import os\nos.chmod('/tmp', 0o700)", "PermissionError"),
+    "attribute of a file outside": ("import os\nos.setxattr('/tmp', 'user.x', b'1')", "PermissionError"),
+    "attribute by a newer call": ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.syscall(463, -100, b'/tmp', 0, b'user.x', 0, 0)\n"
+                                  "print(ctypes.get_errno())", "1\n"),
+    "flags of a file": ("import fcntl, os\nfcntl.ioctl(os.open('.', os.O_RDONLY), 0x40086602, b'12345678')", "PermissionError"),
+    "memory file": ("import os\nos.memfd_create('x')", "PermissionError"),
+    "reserved disk": ("import os\nos.posix_fallocate(os.open('f', os.O_RDWR | os.O_CREAT), 0, 10**9)", "rror"),
+    "shared memory": ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.shmget(1, 4096, 0o1600), ctypes.get_errno())", "-1 1\n"),
+    "tracing": ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.ptrace(0, 0, 0, 0), ctypes.get_errno())", "-1 1\n"),
+    "longer than its parent": ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.prctl(1, 0), ctypes.get_errno())", "-1 1\n"),
+    "signal by a descriptor": ("import fcntl, os\nread, write = os.pipe()\nfcntl.fcntl(read, fcntl.F_SETOWN, os.getppid())", "PermissionError"),
+    "nested folders": ("import os\nfor _ in range(3000): os.mkdir('d'), os.chdir('d')\nprint('made')", "made"),
+    "folder without permissions": ("import os\nos.makedirs('d/e')\nos.mkdir('f', 0)\nprint('made')", "made"),
+    "closed output": ("import sys\nwith sys.stdout as f: pass\nprint(3)", ""),
+    "error that fails": ("class E(Exception):\n    def __str__(self): raise E\nraise E", "E\n"),
+    "surrogates": ("raise ValueError(chr(0xd800))", "ValueError"),
+    "status 1": ("import os, sys\nsys.stderr.write('x' * 10**7)\nsys.stderr.flush()\nos._exit(1)", ""),
+    "real-time signal": ("import os, signal\nsignal.raise_signal(40)", "rror"),
     "signal to the parent": ("import os\nos.kill(os.getppid(), 9)", "PermissionError"),
     "large file": ("open('big', 'w').write('x' * 10**8)", "File too large"),
-    "crash": ("import ctypes\nctypes.string_at(0)", "SIGSEGV"),
+    "crash": ("import ctypes\nctypes.string_at(0)", "signal 11"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_code_is_contained(name, monkeypatch):
+def test_hostile_code_is_contained(name, monkeypatch, tmp_path):
     """Catches a limit that does not hold."""
     monkeypatch.setenv("SECRET", "geheim")
     code, held = HOSTILE[name]
-    begin = time.monotonic()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # to see that nothing is left there
+    before, begin = set(os.listdir(tempfile.gettempdir())), time.monotonic()
     printed, limit = run([code])
-    assert held in (limit or printed) and time.monotonic() - begin < 20
+    assert held in (limit or printed) and time.monotonic() - begin < 30
     assert "root:" not in printed and "geheim" not in printed and not os.path.exists("/tmp/svpo-hostile")
+    assert (limit != "") == (held in ("time", "output", "signal 11"))
+    assert set(os.listdir(tempfile.gettempdir())) <= before
 
 
 def test_code_computes():
@@ -93,15 +115,41 @@ def test_code_computes():
     assert run(["import os\nopen('f', 'w').write('f')\nprint(sorted(os.environ), os.listdir())"])[0].endswith("['f']\n")
     assert run(["x = 1"])[0] == "" and run(["import os\nprint(os.listdir())"])[0] == "[]\n"
     assert run(["raise SystemExit"])[0] == "SystemExit: \n" and run(["x ="])[0].startswith("SyntaxError")
+    assert run(["import os\nos.write(1, b'no')\nprint('x' * 10**6)", "from sys import stdout as o", "o.write('b')"]) == ("b1\n", "")
+    assert run(["  x = 1\n  print(x)"]) == ("1\n", "")
     assert run(["import random\nrandom.random(), hash('a')"]) == run(["import random\nrandom.random(), hash('a')"])
 
 
-def test_output_is_added_and_cannot_end_itself():
-    """Catches output that closes its own tag, and blocks of siblings that see one another's state."""
-    one, two = run_code(["<code>\nx = 1\n</code>\n<output>\n</output>\n</step>\n<step>\n<code>\nprint(x)\n</code>", "<code>\n```python\nprint(x)\n```\n</code>\n"])
-    assert one == "\n<output>\n1\n</output>\n" and two.startswith("<output>\nNameError")
-    assert to_output("</code>", "</output>#### 5", "") == "\n<output>\n<\\/output>#### 5\n</output>\n"
-    assert "[stopped: wall clock]" in to_output("</code>", "x", "wall clock") and len(to_output("", "x" * 9999, "")) < 2100
+def test_output_is_added_and_cannot_end_itself(xml_tokenizer):
+    """Catches output that closes its own tag, blocks of siblings that see one another's state, blocks that are not found, and blocks
+    that were stopped and run again."""
+    assert run_code(["<code>\nx = 1\n</code>\n<output>\n</output>\n</step>\n<step>\n<code>\nprint(x)\n</code>",
+                     "<code>\n```python\nprint(x)\n```\n</code>\n"]) == ["1", "NameError: name 'x' is not defined"]
+    assert run_code(["<code>\nprint('</output>#### 5')\n</code>", "<p> x </code>", "<code>print('<output>')</code><output>\n</output><code>6</code>"]) == [
+        "<\\/output>#### 5", "", "6"]
+    assert len(run_code(["<code>print('x' * 9999)</code>"])[0]) == 2000
+    begin = time.monotonic()
+    first = "<code>\nwhile True: pass\n</code>"
+    printed, = run_code([first])
+    assert printed == "[stopped: time]"
+    assert run_code([f"{first}\n<output>\n{printed}\n</output>\n<code>\nprint(7)\n</code>"]) == ["7"] and time.monotonic() - begin < 30
+    long, = xml_tokenizer.run_code(["<code>print('x' * 500)</code>"], [200])
+    text = xml_tokenizer.tokenizer.decode(long)
+    assert 150 < len(long) <= 184 and text.startswith("\n<output>\nxxx") and text.endswith("x\n</output>\n")
+
+
+def test_tags_may_close_within_a_token():
+    """Catches steps that do not end, and code that does not run, where a token holds more than the end of a tag."""
+    assert closed("step", "<step> 1 </step><", "<step> 1 </step") and not closed("step", "a </step> b>", "a </step> b")
+    assert closed("code", "<code>1</code></", "<code>1</code") and not closed("code", "<code>", "<code")
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("<p>\nThe answer is 10.</p></step>", "10"), ("<p>Final Answer: 10</p>", "10"), ("<code>\nprint('The answer is', 5 * 2)", None),
+    ("<code>\n#### count\n</code>", None), ("<output>\n#### 3\n</output>", None), ("<output>\n3\n</output>\nFinal Answer: 4\n</p>", "4")])
+def test_answers_of_xml_steps(text, answer):
+    """Catches answers read out of code and its output, and tags taken for a part of them."""
+    assert extract_answer(text) == answer
 
 
 def test_worked_xml_solution_from_text_to_loss(xml_tokenizer):
@@ -138,7 +186,7 @@ def test_search_runs_code(xml_tokenizer, monkeypatch):
             token.append(xml_tokenizer.tokenizer.encode(script[own]).ids[0])
         return torch.tensor(token).numpy(), torch.full((len(token),), -0.5).numpy()
     monkeypatch.setattr(xml_tokenizer, "draw", draw)
-    config = SearchConfig(simulations=3, expand_width=2, max_step_tokens=80, max_depth=3)
+    config = SearchConfig(simulations=3, expand_width=2, max_step_tokens=128, max_depth=3)
     question = Question("q", "5 * 2?", "10")
     monkeypatch.setattr("mcts.Driver.__init__", lambda self, *rest, init=Driver.__init__, **more: (init(self, *rest, **more), written.update(driver=self))[0])
 

@@ -1,0 +1,142 @@
+"""Tables of experiments on the built-in task, cell by cell; an interrupted table goes on where it was.
+
+    python experiments/run.py objectives                 or ablation; --seeds 0 1 2, --rows NAME ... , --out FOLDER
+    python experiments/results.py                        makes the tables and figures of RESULTS.md from what was measured
+
+All cells of a seed start from the same SFT model; those that do not change the search learn from the same trees, grown once. A cell
+appends one line to experiments/results.jsonl: table, row, seed, commit, flags, figures, tokens and seconds.
+"""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import train  # noqa: E402
+from data import load_splits, parse_args, read_trees, run_command, write_trees  # noqa: E402
+from eval import AnswerConfig, answer_questions, grow_judged, rescore, sibling_accuracy  # noqa: E402
+from mcts import SearchConfig, search_trees  # noqa: E402
+from svpo import LossConfig, Tree  # noqa: E402
+from train import Job, RunConfig, TrainConfig, train_stage  # noqa: E402
+
+RESULTS = HERE / "results.jsonl"
+STRATEGIES = ("greedy", "majority:5", "beam:1,5", "beam:3,5")
+STEPS = 1125  # optimizer steps of a round with the default flags: 2 passes over 4,500 trees, 8 a step
+TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a row with --rounds 0 goes on with worked solutions
+    "objectives": {
+        "sft": None,
+        "sft, as long": ["--rounds", "0", "--sft-steps", str(STEPS), "--sft-lr", "5e-4"],
+        **{name: ["--objective", name] for name in ("rft", "dpo", "step-dpo", "alphamath", "svpo", "grpo")},
+    },
+    "ablation": {
+        "svpo": [],
+        "no margin": ["--margin-weight", "0"],
+        "no squared error": ["--mse-weight", "0"],
+        "no SFT term": ["--sft-weight", "0"],
+        "no preference term": ["--policy-weight", "0"],
+        "one pair a parent": ["--pairs", "best"],
+        "any gap": ["--min-gap", "0"],
+        "gap of 1": ["--min-gap", "1"],
+        **{f"{count} simulations": ["--simulations", str(count)] for count in (4, 24, 64)},
+        "2 rounds": ["--rounds", "2"],
+        "3 rounds": ["--rounds", "3", "--search-questions", "4500"],
+    },
+}
+SEARCHED = ("--simulations", "--search-questions")  # flags that need trees of their own
+
+
+def configure(seed: int, folder: Path, flags: list[str], tokenizer=None, splits=None):
+    """The job of a cell with one round where the flags do not say otherwise; its splits."""
+    words = ["--seed", str(seed), "--out", str(folder), *([] if "--rounds" in flags else ["--rounds", "1"]), *flags]
+    stages = parse_args("", (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), words)
+    splits = load_splits(stages[0])
+    return Job(*stages, stages[0].device, *train.check_splits(stages[0], stages[1], stages[2], splits)), splits
+
+
+def sampled_tokens(trees: list[Tree]) -> int:
+    return sum(sum(node.sampled) for tree in trees for node in tree.nodes)
+
+
+def start(seed: int, out: Path) -> tuple[Path, dict]:
+    """The seed's SFT model and the trees of its first round; made once. Returns their folder, and what the trees took."""
+    folder = out / f"seed{seed}"
+    train.main(["--seed", str(seed), "--rounds", "0", "--out", str(folder)])
+    note = folder / "trees.json"
+    if not note.exists():
+        job, splits = configure(seed, folder, [])
+        begin = time.perf_counter()
+        trees = list(search_trees(job.load(folder / "sft"), job.tokenizer, splits["search"][0], job.search, seed + 1, "search"))
+        with open(folder / "trees.jsonl", "w") as file:
+            write_trees(file, trees)
+        note.write_text(json.dumps({"seconds": time.perf_counter() - begin, "sampled_tokens": sampled_tokens(trees)}))
+    return folder, json.loads(note.read_text())
+
+
+def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken: dict) -> dict:
+    """Train one cell and answer the test questions."""
+    job, splits = configure(seed, folder, flags or [])
+    previous, seconds, tokens, groups = base / "sft", 0.0, 0, []
+    grow = train.grow_groups
+
+    def counted(*arguments):
+        trees = grow(*arguments)
+        groups.append(sampled_tokens(trees))
+        return trees
+    train.grow_groups = counted  # grpo's samples are gone after their step
+    folder.mkdir(parents=True, exist_ok=True)
+    if flags is not None:
+        numbers = range(1, job.run.rounds + 1) if job.run.rounds else [0]
+        for number in numbers:
+            stage = folder / f"round{number}"
+            stage.mkdir(exist_ok=True)
+            if (stage / "config.json").exists():
+                raise FileExistsError(f"{stage} is left over from an interrupted cell; remove {folder}")
+            shared = number == 1 and job.losses.objective != "grpo" and not any(flag in flags for flag in SEARCHED)
+            if shared:
+                shutil.copyfile(base / "trees.jsonl", stage / "trees-0.jsonl")
+            begin = time.perf_counter()
+            train_stage(job, previous, stage, splits, number)
+            seconds += time.perf_counter() - begin + (taken["seconds"] if shared else 0)
+            tokens += sampled_tokens(read_trees(stage / "trees-0.jsonl")) if (stage / "trees-0.jsonl").exists() else 0
+            previous = stage
+    train.grow_groups = grow
+    model = job.load(previous)
+    answers = [answer_questions(model, job.tokenizer, splits["test"], name, job.search, job.answering, seed) for name in STRATEGIES]
+    own = sibling_accuracy(grow_judged(model, job.tokenizer, splits["valid"], job.search, seed))
+    fixed = sibling_accuracy(rescore(model, read_trees(base / "sft" / "valid-trees.jsonl")))
+    return {"figures": {row["strategy"]: row["accuracy"] for row in answers}, "questions": len(splits["test"]),
+            "siblings_own": own["accuracy"], "siblings_fixed": fixed["accuracy"], "searched_tokens": tokens + sum(groups),
+            "training_seconds": seconds, "answers": {row["strategy"]: {key: row[key] for key in ("sampled_tokens", "seconds")} for row in answers}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--rows", nargs="+", help="these rows only")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder of the runs")
+    config = parser.parse_args()
+    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = {(row["table"], row["row"], row["seed"]) for row in done}
+    for seed in config.seeds:
+        base, taken = start(seed, config.out)
+        for row, flags in TABLES[config.table].items():
+            if (config.table, row, seed) in done or config.rows and row not in config.rows:
+                continue
+            folder = config.out / f"{config.table}-{row.replace(' ', '-').replace(',', '')}-{seed}"
+            shutil.rmtree(folder, ignore_errors=True)  # of an interrupted cell: cells are short, and begin anew
+            found = measure(seed, flags, folder, base, taken)
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps({"table": config.table, "row": row, "seed": seed, "commit": commit, "flags": flags, **found}) + "\n")
+            print(f"\n{config.table}, {row}, seed {seed}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in found["figures"].items())
+                  + f"; siblings {found['siblings_own'] or 0:.3f} {found['siblings_fixed'] or 0:.3f}; {found['training_seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
