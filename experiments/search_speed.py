@@ -62,7 +62,7 @@ def growth(stages: tuple, live: int):
         print(f"{name:>14} {value:>5}: {row['seconds']:8.1f} s, {row['nodes_s']:8.2f} nodes/s, {row['tokens_s']:8.1f} tokens/s, "
               f"{row['seconds'] / row['simulations']:.3f} s a simulation, {1000 * row['seconds'] / row['ticks']:.1f} ms a tick, {row['peak_mb']:.0f} MB", flush=True)
     for count in (8, 16, 32, 64):
-        line("simulations", count, measure(stages, "ours", simulations=count, questions=live, cache_tokens=live * 16384))
+        line("simulations", count, measure(stages, "ours", simulations=count, questions=3 * live, cache_tokens=live * 16384))
     for count in (1, 2, 4, 8, 16, 32, 64, 128):
         line("live questions", count, measure(stages, "ours", simulations=4, live=count, questions=count, cache_tokens=count * 4096))
     for count in (128, 256, 512, 1024):
