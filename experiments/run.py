@@ -1,6 +1,6 @@
 """Tables of experiments on the built-in task, cell by cell; an interrupted table goes on where it was.
 
-    python experiments/run.py objectives                 or ablation; --seeds 0 1 2, --rows NAME ... , --out FOLDER
+    python experiments/run.py objectives                 or ablation, scale, compute; --seeds 0 1 2, --rows NAME ... , --out FOLDER
     python experiments/results.py                        makes the tables and figures of RESULTS.md from what was measured
 
 All cells of a seed start from the same SFT model; those that do not change the search learn from the same trees, grown once. A cell
@@ -44,10 +44,20 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
         "gap of 1": ["--min-gap", "1"],
         **{f"{count} simulations": ["--simulations", str(count)] for count in (4, 24, 64)},
         "2 rounds": ["--rounds", "2"],
-        "3 rounds": ["--rounds", "3", "--search-questions", "4500"],
+        "3 rounds": ["--rounds", "3"],
     },
+    "scale": {f"{size}, {name}": ["--size", size, *flags] if flags is not None else ["--size", size, "--rounds", "0", "--sft-steps", "0"]
+              for size in ("28 k", "97 k", "1.2 M") for name, flags in (("sft", None), ("svpo", []))},  # 296 k stands in "objectives"
+    "compute": {f"grpo, {passes} passes": ["--objective", "grpo", "--tune-epochs", str(passes)] for passes in (1, 4, 8)}
+    | {f"{name}, {passes} passes": ["--objective", name, "--tune-epochs", str(passes)] for name in ("rft", "svpo") for passes in (1, 4)},
 }
-SEARCHED = ("--simulations", "--search-questions")  # flags that need trees of their own
+SIZES = {  # name -> what differs from train.TINY (296 k parameters)
+    "28 k": dict(hidden_size=24, intermediate_size=72, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=12),
+    "97 k": dict(hidden_size=40, intermediate_size=120, num_hidden_layers=5, head_dim=10),
+    "1.2 M": dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=4),
+}
+TINY = dict(train.TINY)
+SEARCHED = ("--simulations",)  # flags that need trees of their own, as further rounds do
 
 
 def configure(seed: int, folder: Path, flags: list[str], tokenizer=None, splits=None):
@@ -62,9 +72,9 @@ def sampled_tokens(trees: list[Tree]) -> int:
     return sum(sum(node.sampled) for tree in trees for node in tree.nodes)
 
 
-def start(seed: int, out: Path) -> tuple[Path, dict]:
+def start(seed: int, out: Path, size: str = "") -> tuple[Path, dict]:
     """The seed's SFT model and the trees of its first round; made once. Returns their folder, and what the trees took."""
-    folder = out / f"seed{seed}"
+    folder = out / f"seed{seed}{size.replace(' ', '')}"
     train.main(["--seed", str(seed), "--rounds", "0", "--out", str(folder)])
     note = folder / "trees.json"
     if not note.exists():
@@ -89,14 +99,14 @@ def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken:
         return trees
     train.grow_groups = counted  # grpo's samples are gone after their step
     folder.mkdir(parents=True, exist_ok=True)
-    if flags is not None:
+    if flags is not None and (job.run.rounds or job.train.sft_steps):
         numbers = range(1, job.run.rounds + 1) if job.run.rounds else [0]
         for number in numbers:
             stage = folder / f"round{number}"
             stage.mkdir(exist_ok=True)
             if (stage / "config.json").exists():
                 raise FileExistsError(f"{stage} is left over from an interrupted cell; remove {folder}")
-            shared = number == 1 and job.losses.objective != "grpo" and not any(flag in flags for flag in SEARCHED)
+            shared = number == job.run.rounds == 1 and job.losses.objective != "grpo" and not any(flag in flags for flag in SEARCHED)
             if shared:
                 shutil.copyfile(base / "trees.jsonl", stage / "trees-0.jsonl")
             begin = time.perf_counter()
@@ -125,10 +135,13 @@ def main():
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     done = {(row["table"], row["row"], row["seed"]) for row in done}
     for seed in config.seeds:
-        base, taken = start(seed, config.out)
         for row, flags in TABLES[config.table].items():
             if (config.table, row, seed) in done or config.rows and row not in config.rows:
                 continue
+            size = flags[1] if flags and flags[0] == "--size" else ""
+            flags = flags[2:] if size else flags
+            train.TINY.update(TINY | SIZES.get(size, {}))
+            base, taken = start(seed, config.out, size)
             folder = config.out / f"{config.table}-{row.replace(' ', '-').replace(',', '')}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted cell: cells are short, and begin anew
             found = measure(seed, flags, folder, base, taken)
