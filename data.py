@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
 from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
 from tasks.published import PRESETS, find_folder  # noqa: F401
-from tasks.questions import Question, grader, is_built_in, load_questions, load_splits, read_rows  # noqa: F401
+from tasks.questions import Question, built_in, grader, is_built_in, load_questions, load_splits, read_rows  # noqa: F401
 from tasks.steps import chat_template, closed, run_code, split_xml  # noqa: F401
 
 
@@ -37,10 +37,10 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
     for stage in stages:
         group = parser.add_argument_group(stage.__name__, stage.__doc__)
         for item in dataclasses.fields(stage):
-            default, built_in = item.default, item.metadata["built_in"]
+            default, there = item.default, item.metadata["built_in"]
             shown = " ".join(default) if item.type is tuple else default
             text = item.metadata["help"] + (f" ({shown}" if shown != "" else "")
-            text += (f"; built-in task: {built_in})" if built_in != default else ")") if shown != "" else ""
+            text += (f"; built-in task: {there})" if there != default else ")") if shown != "" else ""
             kind = {"type": item.type, "choices": item.metadata["choices"]}
             kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else kind
             kind = {"nargs": "+"} if item.type is tuple or item.metadata["many"] else kind
@@ -66,7 +66,7 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
 class SourceConfig:
     """Which model, on which questions."""
     model: str = flag("", "model folder, preset or repository id")
-    data: str = flag("", "arithmetic[:SPLIT] (test if not said), or benchmarks (NAME[:SPLIT]) and JSONL files of questions", many=True)
+    data: str = flag("", "arithmetic or deduction (built in), with :SPLIT if not test; or benchmarks (NAME[:SPLIT]) and JSONL files of questions", many=True)
     data_dir: str = flag("", "folder of benchmarks, NAME/SPLIT.jsonl; empty: they are downloaded")
     prompt: str = flag("", "file with the text around {question}")
     chat: bool = flag(False, "put the prompt into the model's chat template")

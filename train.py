@@ -30,7 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import SourceConfig, StepTokenizer, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
+from data import SourceConfig, StepTokenizer, built_in, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
     read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
 from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
 from experiments.plan import print_plan, shape_of
@@ -38,7 +38,6 @@ from experiments.reports import describe
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, load_model, save_model
 from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, total_loss
-from tasks.arithmetic import arithmetic_tokenizer
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -50,7 +49,7 @@ DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
 class RunConfig(SourceConfig):
     """What to train on, and where to write."""
     model: str = flag("tiny", "tiny (from scratch, built-in task only), a folder, a preset or a repository id")
-    data: str = flag("arithmetic", "arithmetic (built in), or benchmarks and JSONL files of training questions", many=True)
+    data: str = flag("arithmetic", "arithmetic or deduction (built in), or benchmarks and JSONL files of training questions", many=True)
     limit: int = flag(0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0)
     seed: int = flag(0, "seed of weights, questions, sampling and data order")
     train_prompt: str = flag("", "prompt to train, answer, and search a trained model under; --prompt is then for the untrained one")
@@ -86,16 +85,16 @@ class TrainConfig:
 def main(argv: list[str] | None = None):
     stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), sys.argv[1:] if argv is None else argv)
     run, train, search, losses, _ = stages
-    if is_built_in(run.data) and run.data != "arithmetic":
-        raise InputError(f"--data {run.data}: training takes all splits of the built-in task: --data arithmetic")
-    if (run.model == "tiny") != (run.data == "arithmetic"):
-        raise InputError("--model tiny and --data arithmetic go together; real questions need a real --model")
+    if is_built_in(run.data) and ":" in run.data:
+        raise InputError(f"--data {run.data}: training takes all splits of a built-in task: --data {run.data.split(':')[0]}")
+    if (run.model == "tiny") != is_built_in(run.data):
+        raise InputError("--model tiny and the built-in tasks go together; real questions need a real --model")
     if run.model == "tiny" and (run.chat or run.steps != "lines"):
         raise InputError("--chat and --steps xml need a real --model: the tiny one learns lines")
     if losses.objective not in OBJECTIVES.keys() - {"sft"}:
         raise InputError(f"--objective {losses.objective}: there are {', '.join(sorted(OBJECTIVES.keys() - {'sft'}))}")
     if run.plan:
-        shape = LlamaConfig(arithmetic_tokenizer().get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
+        shape = LlamaConfig(built_in(run.data, "tokenizer")().get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
         return print_plan(shape, *stages)
     device, splits = join_ranks(run), load_splits(run)
     job = Job(*stages, device, *check_splits(run, train, search, splits))
@@ -141,7 +140,7 @@ class Job:
 def check_splits(run: RunConfig, train: TrainConfig, search: SearchConfig, splits: dict) -> tuple[StepTokenizer, StepTokenizer]:
     """The tokenizers of a Job. What does not fit, SFT without solutions and a checkpoint that does not load are refused: nothing is written yet."""
     if run.model == "tiny":
-        tokenizer, context = StepTokenizer(arithmetic_tokenizer(), [0], read_template(run.prompt)), TINY["max_position_embeddings"]
+        tokenizer, context = StepTokenizer(built_in(run.data, "tokenizer")(), [0], read_template(run.prompt)), TINY["max_position_embeddings"]
     else:
         folder, tokenizer = find_source(run)
         context = load_model(folder, "meta").config.max_position_embeddings

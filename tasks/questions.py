@@ -1,4 +1,5 @@
-"""Questions: from the built-in task, published benchmarks and JSONL files, and the splits to train and test on."""
+"""Questions: from the built-in tasks, published benchmarks and JSONL files, and the splits to train and test on."""
+import importlib
 import json
 import re
 from dataclasses import dataclass
@@ -17,20 +18,28 @@ class Question:
     solution: str | None = None  # worked solution, one step a line, for SFT
 
 
+BUILT_IN = ("arithmetic", "deduction")  # tasks/NAME.py has NAME_questions(split, count, seed) and NAME_tokenizer()
+
+
 def is_built_in(spec: str) -> bool:
-    """Whether a --data names the built-in task, not a file."""
-    return spec.split(":")[0] == "arithmetic"
+    """Whether a --data names a built-in task, not a file."""
+    return spec.split(":")[0] in BUILT_IN
+
+
+def built_in(name: str, part: str):
+    """`NAME_questions` or `NAME_tokenizer` of a built-in task."""
+    return getattr(importlib.import_module(f"tasks.{name}"), f"{name}_{part}")
 
 
 def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir: str = "") -> list[Question]:
-    """Questions of `arithmetic[:split]` (default split: test), or of benchmarks and JSONL files, the first `limit` of each.
+    """Questions of a built-in task, NAME[:split] (default split: test), or of benchmarks and JSONL files, the first `limit` of each.
 
     A row has `question`, `answer` and optionally `solution` and `id`, or the fields of a published benchmark; where the
     answer ends with GSM8K's `#### N`, the text before it is the solution. Raises InputError with file and line.
     """
     if is_built_in(data):
-        from tasks.arithmetic import arithmetic_questions
-        return arithmetic_questions(data.partition(":")[2] or "test", 500 if limit is None else limit, seed)
+        name, _, split = data.partition(":")
+        return built_in(name, "questions")(split or "test", 500 if limit is None else limit, seed)
     questions, ids = [], set()
     for spec in [data] if Path(data).exists() else data.split():
         path = find_file(spec, data_dir)
@@ -66,11 +75,11 @@ def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir:
 
 def load_splits(run) -> dict[str, list]:
     """Disjoint questions for a train.RunConfig: sft (worked solutions), search (a list a round), valid (sibling accuracy), test."""
-    if run.data == "arithmetic":
-        searched = load_questions("arithmetic:search", run.rounds * run.search_questions, run.seed)
-        return {"sft": load_questions("arithmetic:sft", run.sft_questions, run.seed),
+    if is_built_in(run.data):
+        searched = load_questions(f"{run.data}:search", run.rounds * run.search_questions, run.seed)
+        return {"sft": load_questions(f"{run.data}:sft", run.sft_questions, run.seed),
                 "search": [searched[number::run.rounds] for number in range(run.rounds)],
-                "valid": load_questions("arithmetic:valid", run.valid_questions), "test": load_questions("arithmetic:test", run.test_limit)}
+                "valid": load_questions(f"{run.data}:valid", run.valid_questions), "test": load_questions(f"{run.data}:test", run.test_limit)}
     questions = load_questions(run.data, run.limit or None, data_dir=run.data_dir)
     if run.test_data:
         test = load_questions(run.test_data, run.test_limit, data_dir=run.data_dir)
