@@ -280,19 +280,33 @@ def write_trees(file, trees):
         file.flush()
 
 
+def fault(index: int, node: TreeNode) -> str:
+    """What is wrong with a stored node; nothing as a rule."""
+    if type(node.parent) is not int or not -1 <= node.parent < index or (node.parent >= 0) != (index > 0):
+        return f"its parent is {node.parent!r}, not a node before it"
+    if not isinstance(node.tokens, list) or not node.tokens or not all(type(token) is int and 0 <= token < 2**31 for token in node.tokens):
+        return "it has no tokens, or other things than token ids"
+    if not isinstance(node.sampled, list) or len(node.sampled) != len(node.tokens) or not all(type(mark) is bool for mark in node.sampled):
+        return "'sampled' is not true or false for each token"
+    numbers = [node.logp, node.prior, node.q_value, node.value, *([] if node.reward is None else [node.reward])]
+    if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers) or type(node.visit_count) is not int or node.visit_count < 0:
+        return "logp, prior, q_value, value, reward or visit_count is not a number that it can be"
+    return "" if node.ending is None or isinstance(node.ending, str) else "'ending' is not text"
+
+
 def read_trees(path: str | Path, content: bytes | None = None) -> list[Tree]:
     """All trees of a JSONL file; InputError names the line of a malformed one."""
     trees = []
     for number, row in read_rows(Path(path), content=content):
         try:
             tree = Tree(**{**row, "nodes": [TreeNode(**node) for node in row["nodes"]]})
-            sound = tree.version == 1 and tree.nodes and all(
-                -1 <= node.parent < index and (node.parent >= 0) == (index > 0) and node.tokens
-                and len(node.tokens) == len(node.sampled) for index, node in enumerate(tree.nodes))
         except (TypeError, KeyError) as error:
             raise InputError(f"{path}, line {number}: not a tree ({error})")
-        if not sound:
-            raise InputError(f"{path}, line {number}: version is not 1, or a node has no tokens or a parent behind it")
+        if tree.version != 1 or not tree.nodes or [type(tree.simulations), *map(type, (tree.id, tree.question, tree.answer, tree.stopped))] != [int, *[str] * 4]:
+            raise InputError(f"{path}, line {number}: version is not 1, there are no nodes, or a field of the tree is of the wrong type")
+        for index, node in enumerate(tree.nodes):
+            if problem := fault(index, node):
+                raise InputError(f"{path}, line {number}, node {index}: {problem}")
         trees.append(tree)
     return trees
 

@@ -7,11 +7,10 @@ each token (AlphaMath section 3: linear + tanh on the last hidden state).
 Dimension key: B rows (trees, packs or questions), T tokens fed, S cached + new tokens, D width, V vocabulary,
 H query heads, G key/value heads, K head width, F feed-forward width, L layers.
 """
-import dataclasses
 import functools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -67,8 +66,7 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 
 @functools.cache
-def flex():
-    """flex_attention, compiled where there is a kernel for it."""
+def flex():  # compiled where there is a kernel for it
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
 
 
@@ -180,14 +178,12 @@ class Llama(nn.Module):
 
     def rotary(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B, T, 1, K) of the rotary angles, computed in float32 from positions: no buffer to lose on meta."""
-        half = torch.arange(0, self.config.head_dim, 2, device=position_BT.device, dtype=torch.float32)
-        frequency_K = self.config.rope_theta ** -(half / self.config.head_dim)
+        frequency_K = self.config.rope_theta ** -(torch.arange(0, self.config.head_dim, 2, device=position_BT.device).float() / self.config.head_dim)
         if scaling := self.config.rope_scaling:  # long waves are stretched, short ones are not (LLaMA 3.1)
             turns_K = scaling["original_max_position_embeddings"] * frequency_K / (2 * math.pi)
             kept_K = ((turns_K - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])).clamp(0, 1)
             frequency_K = kept_K * frequency_K + (1 - kept_K) * frequency_K / scaling["factor"]
-        angle_BTK = position_BT[..., None].float() * frequency_K
-        angle_BT1K = torch.cat((angle_BTK, angle_BTK), dim=-1).unsqueeze(2)
+        angle_BT1K = (position_BT[..., None].float() * frequency_K).repeat(1, 1, 2).unsqueeze(2)
         return angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)
 
     def output_weight(self) -> Tensor:
@@ -265,59 +261,63 @@ class TreeCache:
 # ------------------------------------------------------------------------------------------------ loading and saving
 
 HARMLESS = {  # config.json fields that do not change the computation here
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pad_token_id",
-    "_name_or_path", "attention_dropout", "chunk_size_feed_forward", "is_encoder_decoder", "return_dict",
-    "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type", "_attn_implementation_autoset",
-    "_from_model_config", "is_llama_config", "transformers.js_config", "max_sequence_length",
-    "max_window_layers"}
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pad_token_id", "_name_or_path", "attention_dropout",
+    "chunk_size_feed_forward", "is_encoder_decoder", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type",
+    "_attn_implementation_autoset", "_from_model_config", "is_llama_config", "transformers.js_config", "max_sequence_length", "max_window_layers"}
 REQUIRED = {  # fields that are supported at one value only
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_interleaved": False,
-    "quantization_config": None, "use_sliding_window": False}
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_interleaved": False, "quantization_config": None,
+    "use_sliding_window": False}
 
 
 def read_config(folder: Path) -> LlamaConfig:
     """Read config.json; every field that would change the computation and is not implemented is refused by name."""
-    path = folder / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") not in FAMILIES:
-        raise InputError(f"{path}: model_type = {raw.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
+    raw = read_json(folder / "config.json")
+    try:
+        return parse_config(raw)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # InputError is one of these
+        raise InputError(f"{folder / 'config.json'}: {error}")
+
+
+def parse_config(raw: dict) -> LlamaConfig:
+    if raw.get("model_type") not in tuple(FAMILIES):
+        raise InputError(f"model_type = {raw.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
     rope = {**(raw.pop("rope_scaling", None) or {}), **(raw.pop("rope_parameters", None) or {})}  # transformers 5 has the second
     raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind != "default" or rope:
         wanted = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if kind != "llama3" or rope.keys() != wanted or not all(isinstance(value, (int, float)) for value in rope.values()):
-            raise InputError(f"{path}: rope_scaling of rope_type {kind!r} with {rope} is not supported, only 'llama3' with {sorted(wanted)}")
+        if kind != "llama3" or rope.keys() != wanted or not all(type(value) in (int, float) and value > 0 for value in rope.values()):
+            raise InputError(f"rope_scaling of rope_type {kind!r} with {rope} is not supported, only 'llama3' with {sorted(wanted)}")
         raw["rope_scaling"] = {"rope_type": "llama3", **rope}
     window = raw.pop("sliding_window", None)
     if raw["model_type"] == "mistral" and window:  # no window within its length
         raw["max_position_embeddings"] = min(window, raw.get("max_position_embeddings", window))
     elif window and raw.get("use_sliding_window", raw["model_type"] == "llama"):
-        raise InputError(f"{path}: sliding_window = {window!r} is not supported")
+        raise InputError(f"sliding_window = {window!r} is not supported")
     if set(raw.pop("layer_types", None) or []) - {"full_attention"}:
-        raise InputError(f"{path}: layer_types other than 'full_attention' are not supported")
-    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+        raise InputError("layer_types other than 'full_attention' are not supported")
+    names = {field.name for field in fields(LlamaConfig)}
     for key, value in raw.items():
         if key in REQUIRED and value != REQUIRED[key]:
-            raise InputError(f"{path}: {key} = {value!r} is not supported, only {REQUIRED[key]!r}")
+            raise InputError(f"{key} = {value!r} is not supported, only {REQUIRED[key]!r}")
         if key not in REQUIRED and key not in HARMLESS and key not in names:
-            raise InputError(f"{path}: unknown field {key!r} may change the computation and is not supported")
-    fields = {key: value for key, value in raw.items() if key in names}
-    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-    if not fields.get("head_dim"):
-        fields["head_dim"] = fields.get("hidden_size", 0) // max(1, fields.get("num_attention_heads", 1))
-    fields.setdefault("rms_norm_eps", 1e-6)  # Hugging Face's default where the file is silent
-    try:
-        config = LlamaConfig(**fields)
-        sizes = [getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                                    "num_attention_heads", "num_key_value_heads", "head_dim")]
-        if not all(type(size) is int and 0 < size < 2**24 for size in sizes) or config.head_dim % 2:
-            raise InputError(f"{path}: sizes must be positive whole numbers and head_dim even, got {sizes}")
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise InputError(f"{path}: {config.num_attention_heads} query heads cannot share "
-                             f"{config.num_key_value_heads} key/value heads evenly")
-    except TypeError as error:
-        raise InputError(f"{path}: {error}")
+            raise InputError(f"unknown field {key!r} may change the computation and is not supported")
+    given = {key: value for key, value in raw.items() if key in names}
+    given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
+    if not given.get("head_dim"):
+        given["head_dim"] = given.get("hidden_size", 0) // max(1, given.get("num_attention_heads", 1))
+    given.setdefault("rms_norm_eps", 1e-6)  # Hugging Face's default where the file is silent
+    config = LlamaConfig(**given)
+    for field in fields(config):
+        value, whole = getattr(config, field.name), field.type is int
+        if whole and not (type(value) is int and 0 < value < 2**24) or field.type is float and not (type(value) in (int, float) and 0 <= value < 1e12):
+            raise InputError(f"{field.name} must be a positive {'whole ' if whole else ''}number, not {value!r}")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if type(config.tie_word_embeddings) is not bool or not all(value is None or type(value) is int for value in (config.bos_token_id, *ends)):
+        raise InputError("tie_word_embeddings must be true or false, and bos_token_id and eos_token_id token ids")
+    if config.head_dim % 2 or config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(f"{config.num_attention_heads} query heads of width {config.head_dim} must be of even width and share "
+                         f"{config.num_key_value_heads} key/value heads evenly")
     return config
 
 
@@ -392,7 +392,7 @@ def save_model(model: Llama, folder: str | Path, state: dict[str, Tensor] | None
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     fixed = {key: value for key, value in REQUIRED.items() if key in ("hidden_act", "attention_bias", "mlp_bias")}
     config = {"architectures": [FAMILIES[model.config.model_type]], "torch_dtype": dtype, "sliding_window": None, **fixed,
-              **dataclasses.asdict(model.config)}
+              **asdict(model.config)}
     for name, write in (("value_head.safetensors", lambda path: save_file(head, path, {"format": "pt"})),
                         ("model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))):
         write(folder / f"{name}.partial")
