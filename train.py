@@ -83,7 +83,9 @@ class TrainConfig:
 
 
 def main(argv: list[str] | None = None):
-    stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    real = ["--data", "gsm8k"] if {"--plan", "--model"} <= set(argv) and "--data" not in argv else []  # to plan for a real model
+    stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), [*argv, *real])
     run, train, search, losses, _ = stages
     if is_built_in(run.data) and ":" in run.data:
         raise InputError(f"--data {run.data}: training takes all splits of a built-in task: --data {run.data.split(':')[0]}")
@@ -369,8 +371,7 @@ def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: i
     found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
     trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
     describe(trees, job.tokenizer)
-    if job.plain is not prompted:
-        trees = [job.plain.set_prompt(tree, question) for tree, question in zip(trees, questions)]
+    trees = [job.plain.set_prompt(tree, question) for tree, question in zip(trees, questions)]
     if OBJECTIVES[job.losses.objective].pairs:
         add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens, job.train.pack_tokens)
     return trees

@@ -32,6 +32,7 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
         "sft": None,
         "sft, as long": ["--rounds", "0", "--sft-steps", str(STEPS), "--sft-lr", "5e-4"],
         **{name: ["--objective", name] for name in ("rft", "dpo", "step-dpo", "alphamath", "svpo", "grpo")},
+        **{f"{name}, lr 5e-5": ["--objective", name, "--tune-lr", "5e-5"] for name in ("dpo", "step-dpo")},
     },
     "ablation": {
         "svpo": [],

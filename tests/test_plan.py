@@ -88,7 +88,7 @@ def test_the_plan_is_printed_without_weights(tmp_path):
     """Catches a plan that needs a download, and one that says that what does not fit fits."""
     def plan(*words):
         return subprocess.run([sys.executable, ROOT / "train.py", "--plan", *words], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    out = plan("--model", "llama-7b", "--data", "gsm8k", "--dtype", "bfloat16")
+    out = plan("--model", "llama-7b", "--dtype", "bfloat16")
     assert "6.74 B" in out and ("80 GB" not in out or "1 GPU: training" in out and "fits on 4, 8, 64" in out)
     assert "All phases fit" in plan()
     assert not list(tmp_path.iterdir())
