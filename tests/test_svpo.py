@@ -1,5 +1,6 @@
 """Pairs on hand-built trees, losses against closed forms, and packed trees against separate paths."""
 import math
+import random
 
 import pytest
 import torch
@@ -258,6 +259,27 @@ def test_block_mask_is_the_dense_mask(model, tokenizer):
     with torch.no_grad():
         dense, sparse = (model.hidden(packed.token_BT, packed.position_BT, mask) for mask in (tree_mask(end_BT), blocks))
     torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_masks_of_random_forests():
+    """Catches forests, of 1,000 random ones in random packings, for which block mask, dense mask and "is it on my path" differ."""
+    rng = random.Random(0)
+    for number in range(1000):
+        trees = [Tree("t", "", "", [node(rng.randrange(index) if index else -1, 0.0, tokens=[rng.randrange(9)] * rng.randint(1, 4))
+                                    for index in range(rng.randint(1, 9))]) for _ in range(rng.randint(1, 4))]
+        packed = pack(trees, rng.choice((0, 12, 40)))
+        end_BT = packed.subtree_end_BT
+        index, rows = torch.arange(end_BT.shape[1]), torch.arange(len(end_BT))
+        dense_BTT = tree_mask(end_BT)[:, 0]
+        assert (block_mask(end_BT).mask_mod(rows[:, None, None], 0, index[None, :, None], index[None, None, :]) == dense_BTT).all()
+        seen = dense_BTT.sum(dim=-1).flatten()[packed.target_M]  # a sampled token sees as many as stand before it on its path, and itself
+        assert (seen == packed.position_BT.flatten()[packed.target_M] + 1).all(), number
+        path = {}
+        for target, before in zip(packed.target_M.tolist(), packed.predictor_M.tolist()):
+            row, column = divmod(target, end_BT.shape[1])
+            path[target] = path.get(before, {before}) | {target}
+            if before in path:  # what its predecessor sees, and itself
+                assert set((dense_BTT[row, column].nonzero()[:, 0] + row * end_BT.shape[1]).tolist()) >= path[target]
 
 
 def test_logits_in_chunks_are_the_same(monkeypatch):
