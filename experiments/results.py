@@ -17,10 +17,10 @@ COLUMNS = {  # heading -> figure of a line of results.jsonl
     "SBS(3,5)": lambda row: 100 * row["figures"]["beam:3,5"],
     "siblings own": lambda row: row["siblings_own"],
     "siblings fixed": lambda row: row["siblings_fixed"],
-    "sampled tokens, millions": lambda row: row["searched_tokens"] / 1e6,
+    "unique tokens, millions": lambda row: row["searched_tokens"] / 1e6,
     "seconds": lambda row: row["training_seconds"],
 }
-PRECISION = {"siblings own": 3, "siblings fixed": 3, "sampled tokens, millions": 2, "seconds": 0}
+PRECISION = {"siblings own": 3, "siblings fixed": 3, "unique tokens, millions": 2, "seconds": 0}
 
 
 def mean(values: list[float], digits: int) -> str:
@@ -39,7 +39,8 @@ def table(rows: list[dict]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     commits, seeds = sorted({row["commit"] for row in rows}), sorted({row["seed"] for row in rows})
     lines += ["", f"Seeds {', '.join(map(str, seeds))}; {rows[0]['questions']} test questions each; commit {', '.join(commits)}; "
-              f"`python experiments/run.py {rows[0]['table']}`. Seconds: the round's search and training, without SFT and answering."]
+              f"`python experiments/run.py {rows[0]['table']}`. Seconds: the round's search and training, without SFT and answering. Unique tokens: of the trees, "
+              "or groups, learned from; a step that was sampled twice counts once."]
     return "\n".join(lines)
 
 

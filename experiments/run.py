@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 from data import load_splits, parse_args, read_trees, run_command, write_trees  # noqa: E402
 from eval import AnswerConfig, answer_questions, grow_judged, rescore, sibling_accuracy  # noqa: E402
-from mcts import SearchConfig, search_trees  # noqa: E402
+from mcts import Driver, SearchConfig, search_trees  # noqa: E402
 from svpo import LossConfig, Tree  # noqa: E402
 from train import Job, RunConfig, TrainConfig, train_stage  # noqa: E402
 
@@ -58,6 +58,16 @@ SIZES = {  # name -> what differs from train.TINY (296 k parameters)
     "1.2 M": dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=4),
 }
 TINY = dict(train.TINY)
+drawn = [0]  # tokens that all drivers have sampled, steps that were merged later included
+
+
+def count_sampled(self, sample=Driver.sample):
+    before = self.sampled_tokens
+    sample(self)
+    drawn[0] += self.sampled_tokens - before
+
+
+Driver.sample = count_sampled
 SEARCHED = ("--simulations",)  # flags that need trees of their own, as further rounds do
 
 
@@ -69,7 +79,8 @@ def configure(seed: int, folder: Path, flags: list[str], tokenizer=None, splits=
     return Job(*stages, stages[0].device, *train.check_splits(stages[0], stages[1], stages[2], splits)), splits
 
 
-def sampled_tokens(trees: list[Tree]) -> int:
+def unique_tokens(trees: list[Tree]) -> int:
+    """Sampled tokens in trees; a step that was sampled twice counts once."""
     return sum(sum(node.sampled) for tree in trees for node in tree.nodes)
 
 
@@ -80,23 +91,25 @@ def start(seed: int, out: Path, size: str = "") -> tuple[Path, dict]:
     note = folder / "trees.json"
     if not note.exists():
         job, splits = configure(seed, folder, [])
+        drawn[0] = 0
         begin = time.perf_counter()
         trees = list(search_trees(job.load(folder / "sft"), job.tokenizer, splits["search"][0], job.search, seed + 1, "search"))
         with open(folder / "trees.jsonl", "w") as file:
             write_trees(file, trees)
-        note.write_text(json.dumps({"seconds": time.perf_counter() - begin, "sampled_tokens": sampled_tokens(trees)}))
+        note.write_text(json.dumps({"seconds": time.perf_counter() - begin, "unique_tokens": unique_tokens(trees), "sampled_tokens": drawn[0]}))
     return folder, json.loads(note.read_text())
 
 
 def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken: dict) -> dict:
     """Train one cell and answer the test questions."""
     job, splits = configure(seed, folder, flags or [])
-    previous, seconds, tokens, groups = base / "sft", 0.0, 0, []
+    drawn[0] = 0
+    previous, seconds, sampled, tokens, groups = base / "sft", 0.0, 0, 0, []
     grow = train.grow_groups
 
     def counted(*arguments):
         trees = grow(*arguments)
-        groups.append(sampled_tokens(trees))
+        groups.append(unique_tokens(trees))
         return trees
     train.grow_groups = counted  # grpo's samples are gone after their step
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,15 +126,17 @@ def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken:
             begin = time.perf_counter()
             train_stage(job, previous, stage, splits, number)
             seconds += time.perf_counter() - begin + (taken["seconds"] if shared else 0)
-            tokens += sampled_tokens(read_trees(stage / "trees-0.jsonl")) if (stage / "trees-0.jsonl").exists() else 0
+            sampled += taken["sampled_tokens"] if shared else 0
+            tokens += unique_tokens(read_trees(stage / "trees-0.jsonl")) if (stage / "trees-0.jsonl").exists() else 0
             previous = stage
     train.grow_groups = grow
+    sampled += drawn[0]
     model = job.load(previous)
     answers = [answer_questions(model, job.tokenizer, splits["test"], name, job.search, job.answering, seed) for name in STRATEGIES]
     own = sibling_accuracy(grow_judged(model, job.tokenizer, splits["valid"], job.search, seed))
     fixed = sibling_accuracy(rescore(model, read_trees(base / "sft" / "valid-trees.jsonl")))
     return {"figures": {row["strategy"]: row["accuracy"] for row in answers}, "questions": len(splits["test"]),
-            "siblings_own": own["accuracy"], "siblings_fixed": fixed["accuracy"], "searched_tokens": tokens + sum(groups),
+            "siblings_own": own["accuracy"], "siblings_fixed": fixed["accuracy"], "searched_tokens": tokens + sum(groups), "sampled_tokens": sampled,
             "training_seconds": seconds, "answers": {row["strategy"]: {key: row[key] for key in ("sampled_tokens", "seconds")} for row in answers}}
 
 
