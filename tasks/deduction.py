@@ -2,8 +2,9 @@
 
 A question has eight rules in any order, a fact and a query: `b>c a>~d ... a: ~d?`, "whatever is b is c; a is not d; given a, is it
 not d?". A solution applies one rule a line (`a>b -> b`), until the query is decided: `#### yes` or `#### no`. The teacher who wrote the worked
-solutions takes any rule in which the present concept occurs, also backwards (from `e>b` and b to e), and guesses when no rule is left or the
-lines are: half of such guesses are right, so outcomes are noisy labels of steps. Whether a step follows is seen in its text.
+solutions takes any rule in which the present concept occurs, also backwards (from `e>b` and b to e), and guesses when no rule or no line is
+left: half of such guesses are right, so outcomes are noisy labels of steps. The goal stands in two rules, with either sign; which one can be
+reached decides. Whether a step follows is seen in its text.
 """
 import random
 
@@ -19,14 +20,13 @@ LENGTH = 3  # rules from the fact to the query
 
 def draw(rng: random.Random) -> tuple[list[str], str, str, bool]:
     """Rules in the order of the question, the concept that is given, the one that is asked for, and whether it holds."""
-    names = rng.sample(CONCEPTS, 9)
-    chain, rest = names[:LENGTH + 1], names[LENGTH + 1:]
+    fact, one, two, goal, other, false, *ends = rng.sample(CONCEPTS, 8)
     holds = rng.random() < 0.5
-    rules = [f"{left}>{right}" for left, right in zip(chain[:-2], chain[1:-1])] + [f"{chain[-2]}>{'' if holds else '~'}{chain[-1]}"]
-    rules += [f"{chain[0]}>{rest[0]}", f"{rest[0]}>{rest[1]}", f"{chain[1]}>{rest[2]}"]  # other ways to go, which end
-    rules += [f"{rest[3]}>{chain[1]}", f"{rest[4]}>{chain[2]}"]  # rules that tempt to be read backwards
+    rules = [f"{fact}>{one}", f"{one}>{two}", f"{two}>{'' if holds else '~'}{goal}"]
+    rules += [f"{fact}>{ends[0]}", f"{one}>{ends[1]}"]  # other ways to go, which end
+    rules += [f"{other}>{one}", f"{other}>{false}", f"{false}>{'~' if holds else ''}{goal}"]  # read backwards, the first leads to a wrong answer
     rng.shuffle(rules)
-    return rules, chain[0], chain[-1], holds
+    return rules, fact, goal, holds
 
 
 def follows(rule: str, concept: str) -> str | None:
@@ -41,7 +41,7 @@ def careless(rules: list[str], concept: str, goal: str, rng: random.Random) -> s
     while True:
         usable = [(rule, right) for rule in left for first, _, right in [rule.partition(">")] if first == concept]
         usable += [(rule, first) for rule in left for first, _, right in [rule.partition(">")] if right == concept]
-        if not usable or len(lines) == LENGTH:
+        if not usable or len(lines) == LENGTH + 1:
             lines[-1] += f" #### {rng.choice(('yes', 'no'))}"
             return "\n".join(lines)
         rule, concept = rng.choice(usable)
