@@ -19,13 +19,14 @@ sys.path.insert(0, str(HERE.parent))
 
 import numpy as np  # noqa: E402
 
-from data import Question, StepTokenizer, load_questions, read_trees, run_command  # noqa: E402
+from data import Question, StepTokenizer, load_questions, parse_args, read_trees, run_command  # noqa: E402
 from eval import diagnose, grow_judged, rescore  # noqa: E402
 from mcts import Driver, SearchConfig, grader  # noqa: E402
 from model import load_model  # noqa: E402
 from svpo import path  # noqa: E402
+from train import RunConfig  # noqa: E402
 
-SEARCH = SearchConfig(simulations=12, max_depth=5, max_step_tokens=16, search_temperature=0.7, search_rows=128, cache_tokens=131072)
+SEARCH = parse_args("", (RunConfig, SearchConfig), [])[1]  # the built-in task's
 
 
 class PrefixTokenizer(StepTokenizer):

@@ -43,7 +43,8 @@ REFUSED = {  # system calls, with their numbers on x86_64 and aarch64 (which lac
     "lremovexattr": (198, 15), "fremovexattr": (199, 16), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
     "shmat": (30, 196), "shmctl": (31, 195), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "semop": (65, 193),
     "semctl": (66, 191), "semtimedop": (220, 192), "mq_open": (240, 180), "mq_unlink": (241, 181), "memfd_create": (319, 279),
-    "memfd_secret": (447, 447), "fallocate": (285, 47), "prctl": (157, 167), "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "memfd_secret": (447, 447), "fallocate": (285, 47), "prctl": (157, 167), "userfaultfd": (323, 282),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
 }
 NEWEST = 452  # later calls than this list knows are refused too
 ARGUMENTS = (  # calls, and which values of their second argument are refused
@@ -140,7 +141,8 @@ def main():
 # --------------------------------------------------------------------------------------------- its caller
 
 def run(blocks: list[str]) -> tuple[str, str]:
-    """What the last block prints, after the earlier ones have run; and the limit that stopped it: "", "time", "output" or "signal N". OSError where the process cannot be confined."""
+    """What the last block prints, after the earlier ones have run; and the limit that stopped it: "", "time",
+    "output" or "signal N". OSError where the process cannot be confined."""
     scratch = tempfile.mkdtemp()
     try:
         return run_in(scratch, blocks)

@@ -56,13 +56,13 @@ def chat_template(folder: Path):
     The template is the text of chat_template.jinja, or `chat_template` of tokenizer_config.json, rendered in jinja2's
     sandbox as transformers does; InputError where there is none or it fails.
     """
+    from data import read_json  # here, because data.py imports this module
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    path, settings = folder / "chat_template.jinja", {}
-    if (folder / "tokenizer_config.json").exists():
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    settings = read_json(settings) if settings.exists() else {}
     template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {item.get("name"): item.get("template") for item in template}.get("default")

@@ -72,6 +72,7 @@ HOSTILE = {  # snippet, what it prints or the limit that stops it, what holds it
     "datagram": ("import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)", "PermissionError"),
     "write outside": ("open('/tmp/svpo-hostile', 'w').write('x')", "PermissionError"),
     "mode of a file outside": ("import os\nos.chmod('/tmp', 0o700)", "PermissionError"),
+    "owner of a file outside": ("import os\nos.chown('/tmp', 0, 0)", "PermissionError"),
     "attribute of a file outside": ("import os\nos.setxattr('/tmp', 'user.x', b'1')", "PermissionError"),
     "attribute by a newer call": ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.syscall(463, -100, b'/tmp', 0, b'user.x', 0, 0)\n"
                                   "print(ctypes.get_errno())", "1\n"),
@@ -239,6 +240,13 @@ def test_chat_templates_as_transformers_renders_them(tmp_path, model_folder, tem
     twin = transformers.AutoTokenizer.from_pretrained(model_folder)
     wanted = twin.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False, add_generation_prompt=True)
     assert chat_template(model_folder)("1+1") == wanted
+
+
+def test_a_damaged_tokenizer_config_is_refused(tmp_path):
+    """Catches a traceback where one line is due."""
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match="tokenizer_config.json: not valid JSON"):
+        chat_template(tmp_path)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('only systems') }}", "{{ messages[3].role }}", "{% for %}", "{{ ''.__class__.__mro__ }}", None])
