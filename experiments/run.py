@@ -19,13 +19,14 @@ sys.path.insert(0, str(HERE.parent))
 
 import train  # noqa: E402
 from data import load_splits, parse_args, read_trees, run_command, write_trees  # noqa: E402
-from eval import AnswerConfig, answer_questions, grow_judged, rescore, sibling_accuracy  # noqa: E402
+from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, rescore, sibling_accuracy  # noqa: E402
 from mcts import Driver, SearchConfig, search_trees  # noqa: E402
 from svpo import LossConfig, Tree  # noqa: E402
 from train import Job, RunConfig, TrainConfig, train_stage  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
 STRATEGIES = ("greedy", "majority:5", "beam:1,5", "beam:3,5")
+SAMPLES = 9  # whole solutions a question that take as many tokens as its search with the default flags
 STEPS = 1125  # optimizer steps of a round with the default flags: 2 passes over 4,500 trees, 8 a step
 TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a row with --rounds 0 goes on with worked solutions
     "objectives": {
@@ -40,6 +41,7 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
         "no squared error": ["--mse-weight", "0"],
         "no SFT term": ["--sft-weight", "0"],
         "no preference term": ["--policy-weight", "0"],
+        "values without search": ["samples"],  # Q: mean outcome of the solutions through a step, of SAMPLES a question
         "one pair a parent": ["--pairs", "best"],
         "any gap": ["--min-gap", "0"],
         "gap of 1": ["--min-gap", "1"],
@@ -48,14 +50,14 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
         "3 rounds": ["--rounds", "3"],
     },
     "scale": {f"{size}, {name}": ["--size", size, *flags] if flags is not None else ["--size", size, "--rounds", "0", "--sft-steps", "0"]
-              for size in ("28 k", "97 k", "1.2 M") for name, flags in (("sft", None), ("svpo", []))},  # 296 k stands in "objectives"
+              for size in ("28 k", "97 k", "666 k") for name, flags in (("sft", None), ("svpo", []))},  # 296 k stands in "objectives"
     "compute": {f"grpo, {passes} passes": ["--objective", "grpo", "--tune-epochs", str(passes)] for passes in (1, 4, 8)}
     | {f"{name}, {passes} passes": ["--objective", name, "--tune-epochs", str(passes)] for name in ("rft", "svpo") for passes in (1, 4)},
 }
 SIZES = {  # name -> what differs from train.TINY (296 k parameters)
     "28 k": dict(hidden_size=24, intermediate_size=72, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=12),
     "97 k": dict(hidden_size=40, intermediate_size=120, num_hidden_layers=5, head_dim=10),
-    "1.2 M": dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=4),
+    "666 k": dict(hidden_size=96, intermediate_size=288, num_attention_heads=6, num_key_value_heads=3),
 }
 TINY = dict(train.TINY)
 drawn = [0]  # tokens that all drivers have sampled, steps that were merged later included
@@ -102,7 +104,8 @@ def start(seed: int, out: Path, size: str = "") -> tuple[Path, dict]:
 
 def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken: dict) -> dict:
     """Train one cell and answer the test questions."""
-    job, splits = configure(seed, folder, flags or [])
+    samples = flags == ["samples"]
+    job, splits = configure(seed, folder, [] if samples else flags or [])
     drawn[0] = 0
     previous, seconds, sampled, tokens, groups = base / "sft", 0.0, 0, 0, []
     grow = train.grow_groups
@@ -120,10 +123,13 @@ def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken:
             stage.mkdir(exist_ok=True)
             if (stage / "config.json").exists():
                 raise FileExistsError(f"{stage} is left over from an interrupted cell; remove {folder}")
-            shared = number == job.run.rounds == 1 and job.losses.objective != "grpo" and not any(flag in flags for flag in SEARCHED)
+            shared = number == job.run.rounds == 1 and job.losses.objective != "grpo" and not samples and not any(flag in flags for flag in SEARCHED)
             if shared:
                 shutil.copyfile(base / "trees.jsonl", stage / "trees-0.jsonl")
             begin = time.perf_counter()
+            if samples:
+                with open(stage / "trees-0.jsonl", "w") as file:
+                    write_trees(file, grow_groups(job.load(previous), job.plain, splits["search"][0], job.search, SAMPLES, seed + number))
             train_stage(job, previous, stage, splits, number)
             seconds += time.perf_counter() - begin + (taken["seconds"] if shared else 0)
             sampled += taken["sampled_tokens"] if shared else 0
