@@ -45,14 +45,13 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
         "one pair a parent": ["--pairs", "best"],
         "any gap": ["--min-gap", "0"],
         "gap of 1": ["--min-gap", "1"],
-        **{f"{count} simulations": ["--simulations", str(count)] for count in (4, 24, 64)},
-        "2 rounds": ["--rounds", "2"],
+        **{f"{count} simulations": ["--simulations", str(count)] for count in (4, 64)},
         "3 rounds": ["--rounds", "3"],
     },
     "scale": {f"{size}, {name}": ["--size", size, *flags] if flags is not None else ["--size", size, "--rounds", "0", "--sft-steps", "0"]
               for size in ("28 k", "97 k", "666 k") for name, flags in (("sft", None), ("svpo", []))},  # 296 k stands in "objectives"
-    "compute": {f"grpo, {passes} passes": ["--objective", "grpo", "--tune-epochs", str(passes)] for passes in (1, 4, 8)}
-    | {f"{name}, {passes} passes": ["--objective", name, "--tune-epochs", str(passes)] for name in ("rft", "svpo") for passes in (1, 4)},
+    "compute": {f"{name}, {passes} pass{'es'[:2 * (passes > 1)]}": ["--objective", name, "--tune-epochs", str(passes)]
+                for name, passes in (("grpo", 1), ("grpo", 2), ("rft", 2), ("rft", 4), ("svpo", 2), ("svpo", 4))},
 }
 SIZES = {  # name -> what differs from train.TINY (296 k parameters)
     "28 k": dict(hidden_size=24, intermediate_size=72, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=12),
