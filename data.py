@@ -2,7 +2,6 @@
 
 A solution is a list of steps; trees (see svpo.py) are written as JSON lines.
 """
-import argparse
 import copy
 import dataclasses
 import glob
@@ -13,53 +12,20 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
+from support.flags import parse_args, run_command  # noqa: F401
 from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
 from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
 from tasks.published import PRESETS, find_folder  # noqa: F401
 from tasks.questions import Question, built_in, grader, is_built_in, load_questions, load_splits, read_rows  # noqa: F401
 from tasks.steps import chat_template, closed, run_code, split_xml  # noqa: F401
-
-
-def parse_args(description: str, stages: tuple, argv: list[str], required: tuple = ()) -> tuple:
-    """One flag for each field of each stage's dataclass; returns one instance a stage, or raises InputError."""
-    def fail(message):
-        raise InputError(message)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    fields = {item.name: item for stage in stages for item in dataclasses.fields(stage)}
-    for stage in stages:
-        group = parser.add_argument_group(stage.__name__, stage.__doc__)
-        for item in dataclasses.fields(stage):
-            default, there = item.default, item.metadata["built_in"]
-            shown = " ".join(default) if item.type is tuple else default
-            text = item.metadata["help"] + (f" ({shown}" if shown != "" else "")
-            text += (f"; built-in task: {there})" if there != default else ")") if shown != "" else ""
-            kind = {"type": item.type, "choices": item.metadata["choices"]}
-            kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else kind
-            kind = {"nargs": "+"} if item.type is tuple or item.metadata["many"] else kind
-            group.add_argument("--" + item.name.replace("_", "-"), required=item.name in required,
-                               help=text.replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    given |= {name: " ".join(given[name]) for name, item in fields.items() if item.metadata["many"] and name in given}
-    task = "built_in" if is_built_in(given.get("data", fields["data"].default)) else None
-    values = {name: given.get(name, item.metadata[task] if task else item.default) for name, item in fields.items()}
-    for name, item in fields.items():
-        if item.metadata["least"] is not None and not values[name] >= item.metadata["least"]:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {item.metadata['least']}, not {values[name]}")
-    try:
-        device = torch.device(values["device"])
-    except RuntimeError as error:
-        raise InputError(f"--device {values['device']}: {str(error).splitlines()[0]}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {values['device']}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return tuple(stage(**{item.name: values[item.name] for item in dataclasses.fields(stage)}) for stage in stages)
 
 
 @dataclass(frozen=True)
@@ -76,18 +42,6 @@ class SourceConfig:
     seed: int = flag(0, "seed of sampling")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
-
-
-def run_command(main):
-    """Run a command; bad input is one line on stderr and exit status 2, Ctrl-C is status 130."""
-    try:
-        main()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def join_ranks(source: SourceConfig) -> str:
@@ -138,11 +92,30 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def settle(path: Path):
+    """Have the disk hold a file, or a folder's entries, before anything relies on it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(path: Path, write: Callable[[Path], None]):
+    """Have a file written aside, synced and renamed: it appears whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        write(aside)
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be written ({error})")
+    settle(aside)
+    os.replace(aside, path)
+    settle(path.parent)
+
+
 def write_json(path: Path, value: dict):
     """Write a JSON file that appears whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    publish(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
 
 def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **more):
@@ -273,11 +246,16 @@ class StepTokenizer:
 
 
 # --------------------------------------------------------------------------------------------- trees
-def write_trees(file, trees):
-    """Append trees, one JSON line each, as they come."""
-    for tree in trees:
-        file.write(json.dumps(dataclasses.asdict(tree)) + "\n")
-        file.flush()
+def write_trees(path: Path, trees, mode: str = "a"):
+    """Append trees, one JSON line each, as they come; with mode "w" they replace what is there."""
+    with open(path, mode + "b", buffering=0) as file:
+        for tree in trees:
+            line = memoryview(json.dumps(dataclasses.asdict(tree)).encode() + b"\n")
+            try:
+                while line:
+                    line = line[file.write(line):]
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; the trees before are whole, and the same command goes on from them")
 
 
 def fault(index: int, node: TreeNode) -> str:
@@ -309,6 +287,13 @@ def read_trees(path: str | Path, content: bytes | None = None) -> list[Tree]:
                 raise InputError(f"{path}, line {number}, node {index}: {problem}")
         trees.append(tree)
     return trees
+
+
+def check_tokens(trees: list[Tree], vocabulary: int, path: str | Path):
+    """Refuse trees with token ids that a model does not have."""
+    for tree in trees:
+        if max(token for node in tree.nodes for token in node.tokens) >= vocabulary:
+            raise InputError(f"{path}: the tree of question {tree.id} holds token ids of {vocabulary} and more, which this model does not have")
 
 
 def resume_trees(path: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:

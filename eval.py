@@ -21,11 +21,11 @@ from typing import Callable
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, gather, grade, is_correct, load_questions, load_source, once, parse_args, read_trees, \
+from data import Question, SourceConfig, StepTokenizer, check_tokens, extract_answer, gather, grade, is_correct, load_questions, load_source, once, parse_args, publish, read_trees, \
     run_command, share, to_tree, write_json
 from experiments.reports import draw_budget, print_audit, print_diagnosis
 from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
@@ -225,15 +225,18 @@ def add_reference(model: Llama, trees: list[Tree], path: Path, *sizes: int):
         steps.update(json.dumps([tree.id, [(node.parent, node.tokens) for node in tree.nodes]]).encode())
     marks = {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
     if path.exists():
-        with safe_open(path, "pt") as file:
-            stored, logp = file.metadata() or {}, file.get_tensor("logp").tolist()
+        try:
+            with safe_open(path, "pt") as file:
+                stored, logp = file.metadata() or {}, file.get_tensor("logp").tolist()
+        except SafetensorError as error:
+            raise InputError(f"{path}: not readable ({error}); delete it to have it computed again")
         for name, mark in marks.items():
             if stored.get(name) != mark:
                 raise InputError(f"{path} is of other {name} ({stored.get(name)}, not {mark}); delete it to have it computed again")
     else:
         scored = zip(share(range(len(trees))), rescore(model, share(trees), *sizes))
         logp = [value for _, values in sorted(gather([(index, [node.logp for node in tree.nodes]) for index, tree in scored])) for value in values]
-        once(lambda: (save_file({"logp": torch.tensor(logp)}, f"{path}.partial", marks), os.replace(f"{path}.partial", path)))
+        once(lambda: publish(path, lambda aside: save_file({"logp": torch.tensor(logp)}, aside, marks)))
     for node, value in zip([node for tree in trees for node in tree.nodes], logp):
         node.logp = value
 
@@ -360,8 +363,7 @@ def main():
         raise InputError(f"--json {config.json}: its folder does not exist or cannot be written to")
     trees = read_trees(config.trees) if config.trees else []
     model, tokenizer, questions = load_source(source)
-    if max((token for tree in trees for node in tree.nodes for token in node.tokens), default=0) >= model.config.vocab_size:
-        raise InputError(f"--trees {config.trees}: they hold token ids that this model does not have")
+    check_tokens(trees, model.config.vocab_size, config.trees)
     row = {"model": source.model, "answers": []}
     for strategy in strategies:
         row["answers"].append(answer_questions(model, tokenizer, questions, strategy, search, answering, source.seed))

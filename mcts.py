@@ -389,8 +389,7 @@ def main():
     mine = [question for question in questions[rank::ranks] if question.id not in done]
     trees, begin = search_trees(model, tokenizer, mine, search, source.seed), time.perf_counter()
     keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"), write=rank == 0)
-    with open(path, "a") as file:
-        write_trees(file, trees)
+    write_trees(path, trees)
     print(f"{path}: {len(mine)} trees in {time.perf_counter() - begin:.1f} s, {len(questions[rank::ranks]) - len(mine)} were there")
 
 

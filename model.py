@@ -9,7 +9,6 @@ H query heads, G key/value heads, K head width, F feed-forward width, L layers.
 """
 import functools
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import find_folder, read_json, write_json
+from data import find_folder, publish, read_json, write_json
 from svpo import InputError, tree_mask  # noqa: F401  (tree_mask is passed on)
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -309,9 +308,9 @@ def parse_config(raw: dict) -> LlamaConfig:
     given.setdefault("rms_norm_eps", 1e-6)  # Hugging Face's default where the file is silent
     config = LlamaConfig(**given)
     for field in fields(config):
-        value, whole = getattr(config, field.name), field.type is int
-        if whole and not (type(value) is int and 0 < value < 2**24) or field.type is float and not (type(value) in (int, float) and 0 <= value < 1e12):
-            raise InputError(f"{field.name} must be a positive {'whole ' if whole else ''}number, not {value!r}")
+        value, whole, most = getattr(config, field.name), field.type is int, 1000 if field.name == "num_hidden_layers" else 2**24
+        if whole and not (type(value) is int and 0 < value < most) or field.type is float and not (type(value) in (int, float) and 0 <= value < 1e12):
+            raise InputError(f"{field.name} must be a positive {f'whole number under {most}' if whole else 'number'}, not {value!r}")
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if type(config.tie_word_embeddings) is not bool or not all(value is None or type(value) is int for value in (config.bos_token_id, *ends)):
         raise InputError("tie_word_embeddings must be true or false, and bos_token_id and eos_token_id token ids")
@@ -373,6 +372,8 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
     for key, shape in wanted.items():
         if tensors[key].shape != shape:
             raise InputError(f"{folder}: {key} has shape {list(tensors[key].shape)}, config.json asks for {list(shape)}")
+        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
+            raise InputError(f"{folder}: {key} holds {tensors[key].dtype} or numbers that are not finite; float weights are wanted")
     # copied, because the file's own memory is not aligned, and results would differ in the last bit
     state = {key: tensor.to(device=device, dtype=dtype, copy=True) for key, tensor in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
@@ -393,8 +394,6 @@ def save_model(model: Llama, folder: str | Path, state: dict[str, Tensor] | None
     fixed = {key: value for key, value in REQUIRED.items() if key in ("hidden_act", "attention_bias", "mlp_bias")}
     config = {"architectures": [FAMILIES[model.config.model_type]], "torch_dtype": dtype, "sliding_window": None, **fixed,
               **asdict(model.config)}
-    for name, write in (("value_head.safetensors", lambda path: save_file(head, path, {"format": "pt"})),
-                        ("model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))):
-        write(folder / f"{name}.partial")
-        os.replace(folder / f"{name}.partial", folder / name)
+    for name, part in (("value_head.safetensors", head), ("model.safetensors", state)):
+        publish(folder / name, lambda aside: save_file(part, aside, {"format": "pt"}))
     write_json(folder / "config.json", config)

@@ -20,18 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from support.flags import InputError, flag  # noqa: F401  (passed on)
+
 LOGITS = 2**24  # logits computed at once: 64 MB in float32
-
-
-class InputError(ValueError):
-    """Bad input from the user: the commands print it as one line and end with status 2."""
-
-
-def flag(default, help: str, built_in=None, least=None, choices=None, many=False):
-    """A dataclass field that becomes a command-line flag. `built_in` is its default for the built-in task, `least` the
-    smallest value accepted, `choices` the only ones; with `many` several words are joined by spaces."""
-    return field(default=default, metadata={"help": help, "built_in": default if built_in is None else built_in, "least": least,
-                                            "choices": choices, "many": many})
 
 
 # --------------------------------------------------------------------------------------------- trees

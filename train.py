@@ -23,20 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import SourceConfig, StepTokenizer, built_in, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
+from data import SourceConfig, StepTokenizer, built_in, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
     read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
 from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
 from experiments.plan import print_plan, shape_of
 from experiments.reports import describe
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, load_model, save_model
+from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
 from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, total_loss
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
@@ -77,6 +77,7 @@ class TrainConfig:
     pack_tokens: int = flag(0, "tokens of one forward and backward pass, whole trees; 0: a rank's share of the step", least=0)
     recompute: bool = flag(False, "keep only the blocks' inputs for the backward pass (activation checkpointing)")
     save_every: int = flag(200, "optimizer steps between checkpoints", least=1)
+    keep: int = flag(1, "checkpoints of a stage that stay until it ends", least=1)
     warmup: float = flag(0.03, "share of the steps with rising learning rate; cosine decay follows", least=0)
     weight_decay: float = flag(0.01, "AdamW's", least=0)
     clip: float = flag(1.0, "largest gradient norm", least=0)
@@ -167,7 +168,7 @@ def open_run(folder: Path, stages: tuple):
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     once(lambda: None)  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
-    keep_config(folder / "config.json", stages, free=("out", "device", "plan"), write=not int(os.environ.get("RANK", 0)), commit=commit)
+    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep"), write=not int(os.environ.get("RANK", 0)), commit=commit)
 
 
 def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path:
@@ -269,7 +270,7 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
     first = load_checkpoint(stage, model, optimizer)
     once(lambda: forget(stage, first))
     with tqdm(range(first, steps), stage.name, initial=first, total=steps, unit="step", mininterval=1.0, dynamic_ncols=True,
-              disable=int(os.environ.get("RANK", 0)) > 0) as bar:
+              disable=int(os.environ.get("RANK", 0)) > 0) as bar, Stop() as stop:
         for step in bar:
             begin = time.perf_counter()
             figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
@@ -287,8 +288,11 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
             line = {"stage": stage.name, "step": step, **{name: float(f"{value:.9g}") for name, value in figures.items()}}
             with open(stage.parent / "log.jsonl" if not bar.disable else os.devnull, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            if (step + 1) % train.save_every == 0 and step + 1 < steps:
-                save_checkpoint(stage, model, optimizer, step + 1)
+            stopped = stop.asked()
+            if (stopped or (step + 1) % train.save_every == 0) and step + 1 < steps:
+                save_checkpoint(stage, model, optimizer, step + 1, train.keep)
+            if stopped:
+                raise KeyboardInterrupt(stopped)
             bar.set_postfix_str(", ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "policy", "mse") if name in figures))
 
 
@@ -322,51 +326,19 @@ def backward(model: Llama, mine: list[tuple[int, Lesson]], losses: LossConfig, t
     return {name: float(value) for name, value in ({"loss": totals[0]} | figures).items()}, dict(zip(COUNTS, counts.tolist()))
 
 
-def save_checkpoint(stage: Path, model: Llama, optimizer, step: int):
-    """Weights and optimizer state, each rank its shards; the folder appears whole or not at all."""
-    path, aside = stage / f"checkpoint-{step}", stage / "checkpoint.partial"
-    once(lambda: shutil.rmtree(aside, ignore_errors=True))
-    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside, no_dist=not dist.is_initialized())
-
-    def publish():
-        old = list(stage.glob("checkpoint-*"))
-        os.replace(aside, path)
-        for folder in old:
-            shutil.rmtree(folder)
-    once(publish)
-
-
-def load_checkpoint(stage: Path, model: Llama, optimizer) -> int:
-    """Load the last checkpoint, which may be of another number of ranks; the steps it has seen, 0 without one."""
-    step = max((int(path.name.split("-")[1]) for path in stage.glob("checkpoint-*")), default=0)
-    if step:
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-        dcp.load(state, checkpoint_id=stage / f"checkpoint-{step}", no_dist=not dist.is_initialized())
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return step
-
-
-def forget(stage: Path, step: int):
-    """Drop the stage's lines from log.jsonl from `step` on: they are written again."""
-    path = stage.parent / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    path.with_name("log.partial").write_text("".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step))
-    os.replace(path.with_name("log.partial"), path)
-
-
 # --------------------------------------------------------------------------------------------- trees and measuring
 
 def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: int) -> list[Tree]:
     """Search the round's questions, each rank its share; each tree is written as it ends, and questions that have one are
     not searched again. Their log-probabilities are replaced by those of one pass with the policy that grew them."""
     model, rank, ranks = job.load(previous), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    done = {tree.id for tree in resume_trees(stage / "trees.jsonl", rank, ranks)}
+    found = resume_trees(stage / "trees.jsonl", rank, ranks)
+    check_tokens(found, model.config.vocab_size, stage)
+    done = {tree.id for tree in found}
     once(lambda: None)  # all have read, before anybody writes
     left = share(question for question in questions if question.id not in done)
     prompted = job.plain if number > 1 or job.train.sft_steps else job.tokenizer  # once the policy is trained, under its prompt
-    with open(stage / f"trees-{rank}.jsonl", "a") as file:
-        write_trees(file, search_trees(model, prompted, left, job.search, job.run.seed + number, f"{stage.name} search"))
+    write_trees(stage / f"trees-{rank}.jsonl", search_trees(model, prompted, left, job.search, job.run.seed + number, f"{stage.name} search"))
     once(lambda: None)
     found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
     trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
@@ -388,8 +360,11 @@ def evaluate(job: Job, splits: dict, source: Path, stage: Path, first: Path) -> 
                                             for strategy in STRATEGIES]}
     if splits["valid"]:
         trees = gather(grow_judged(model, job.plain, share(splits["valid"]), job.search, job.run.seed, f"{stage.name} sibling accuracy"))
+        ends = [abs(node.value) > 0.999 for tree in trees for node in tree.nodes[1:]]
+        if sum(ends) > 0.9 * len(ends):
+            print(f"{stage.name}: V is at +-1 for {sum(ends)} of {len(ends)} steps, where tanh passes no gradient; try a lower --tune-lr")
         if stage == first:
-            once(lambda: write_trees(open(first / "valid-trees.jsonl", "w"), trees))
+            once(lambda: write_trees(first / "valid-trees.jsonl", trees, "w"))
         row["siblings"] = sibling_accuracy(trees)
         row["siblings_fixed"] = sibling_accuracy(rescore(model, read_trees(first / "valid-trees.jsonl")))
     once(lambda: write_json(path, row))

@@ -14,6 +14,8 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer):
     print(f"{count} trees: {100 * sum(1 in found for found in outcomes) / count:.1f} % with a correct solution, "
           f"{sum(map(len, outcomes)) / count:.1f} finished solutions, {sum(map(len, pairs)) / count:.1f} pairs and "
           f"{sum(tree.simulations for tree in trees) / count:.1f} effective simulations a tree")
+    if not any(pairs):
+        print("no siblings differ in Q: preferences and margin have nothing to learn from, and this round trains the other terms alone")
     tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
     two = max(found, key=lambda pair: tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value)[:2] if found else range(1, len(tree.nodes))[:2]
     print(f"   question  {tree.question}")

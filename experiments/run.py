@@ -95,8 +95,7 @@ def start(seed: int, out: Path, size: str = "") -> tuple[Path, dict]:
         drawn[0] = 0
         begin = time.perf_counter()
         trees = list(search_trees(job.load(folder / "sft"), job.tokenizer, splits["search"][0], job.search, seed + 1, "search"))
-        with open(folder / "trees.jsonl", "w") as file:
-            write_trees(file, trees)
+        write_trees(folder / "trees.jsonl", trees, "w")
         note.write_text(json.dumps({"seconds": time.perf_counter() - begin, "unique_tokens": unique_tokens(trees), "sampled_tokens": drawn[0]}))
     return folder, json.loads(note.read_text())
 
@@ -127,8 +126,7 @@ def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken:
                 shutil.copyfile(base / "trees.jsonl", stage / "trees-0.jsonl")
             begin = time.perf_counter()
             if samples:
-                with open(stage / "trees-0.jsonl", "w") as file:
-                    write_trees(file, grow_groups(job.load(previous), job.plain, splits["search"][0], job.search, SAMPLES, seed + number))
+                write_trees(stage / "trees-0.jsonl", grow_groups(job.load(previous), job.plain, splits["search"][0], job.search, SAMPLES, seed + number), "w")
             train_stage(job, previous, stage, splits, number)
             seconds += time.perf_counter() - begin + (taken["seconds"] if shared else 0)
             sampled += taken["sampled_tokens"] if shared else 0

@@ -1,10 +1,10 @@
 """The second built-in task: chains of deduction, in the manner of ProntoQA (arXiv 2210.01240).
 
-A question has eight rules in any order, a fact and a query: `b>c a>~d ... a: ~d?`, "whatever is b is c; a is not d; given a, is it
-not d?". A solution applies one rule a line (`a>b -> b`), until the query is decided: `#### yes` or `#### no`. The teacher who wrote the worked
-solutions takes any rule in which the present concept occurs, also backwards (from `e>b` and b to e), and guesses when no rule or no line is
-left: half of such guesses are right, so outcomes are noisy labels of steps. The goal stands in two rules, with either sign; which one can be
-reached decides. Whether a step follows is seen in its text.
+A question has seven rules in any order, a fact and a query: `b>c a>~d ... a: d?`, "whatever is b is c; a is not d; given a, is it d?".
+A solution applies one rule a line (`a>b`, then `b>c`), until one speaks of the query: `#### yes` or `#### no`. The goal stands in two rules, with
+either sign: one can be reached from the fact, the other cannot. The teacher who wrote the worked solutions takes any rule that begins with
+the present concept; where there is none, a leap: one of the two rules about the goal, though nothing has shown what it begins with. Half of
+the leaps hit the right answer, so outcomes are noisy labels of steps. Whether a step follows is seen in its text.
 """
 import random
 
@@ -15,7 +15,6 @@ from tasks.arithmetic import split_of
 from tasks.questions import Question
 
 CONCEPTS = "abcdefghijkl"
-LENGTH = 3  # rules from the fact to the query
 
 
 def draw(rng: random.Random) -> tuple[list[str], str, str, bool]:
@@ -24,32 +23,20 @@ def draw(rng: random.Random) -> tuple[list[str], str, str, bool]:
     holds = rng.random() < 0.5
     rules = [f"{fact}>{one}", f"{one}>{two}", f"{two}>{'' if holds else '~'}{goal}"]
     rules += [f"{fact}>{ends[0]}", f"{one}>{ends[1]}"]  # other ways to go, which end
-    rules += [f"{other}>{one}", f"{other}>{false}", f"{false}>{'~' if holds else ''}{goal}"]  # read backwards, the first leads to a wrong answer
+    rules += [f"{other}>{false}", f"{false}>{'~' if holds else ''}{goal}"]  # never reached
     rng.shuffle(rules)
     return rules, fact, goal, holds
 
 
-def follows(rule: str, concept: str) -> str | None:
-    """What the rule says of a concept: its conclusion, or None where the rule does not begin with it."""
-    left, _, right = rule.partition(">")
-    return right if left == concept else None
-
-
 def careless(rules: list[str], concept: str, goal: str, rng: random.Random) -> str:
     """A worked solution of the teacher."""
-    lines, left = [], list(rules)
-    while True:
-        usable = [(rule, right) for rule in left for first, _, right in [rule.partition(">")] if first == concept]
-        usable += [(rule, first) for rule in left for first, _, right in [rule.partition(">")] if right == concept]
-        if not usable or len(lines) == LENGTH + 1:
-            lines[-1] += f" #### {rng.choice(('yes', 'no'))}"
-            return "\n".join(lines)
-        rule, concept = rng.choice(usable)
-        left.remove(rule)
-        lines.append(f"{rule} -> {concept}")
-        if concept.strip("~") == goal:
-            lines[-1] += f" #### {'no' if '~' in concept else 'yes'}"
-            return "\n".join(lines)
+    lines = []
+    while concept.strip("~") != goal:
+        usable = [rule for rule in rules if rule.startswith(concept)] or [rule for rule in rules if rule.endswith(goal)]
+        rule = rng.choice(usable)
+        concept = rule.partition(">")[2]
+        lines.append(rule)
+    return "\n".join(lines) + f" #### {'no' if '~' in concept else 'yes'}"
 
 
 def deduction_questions(split: str, count: int, seed: int) -> list[Question]:
@@ -69,22 +56,22 @@ def deduction_questions(split: str, count: int, seed: int) -> list[Question]:
 
 
 def sound(text: str, solution: str) -> list[bool]:
-    """Of each line of a solution: whether it applies a rule of the question, forwards, to what the lines before it (all sound) have shown."""
+    """Of each line of a solution: whether it applies a rule of the question to what the lines before it, all of them sound, have shown."""
     *rules, fact, _ = text.replace(":", "").split(" ")
     concept, judged = fact, []
     for line in solution.strip().split("\n"):
-        rule, _, rest = line.partition(" -> ")
-        found = rest.partition(" #### ")[0].strip()
-        judged.append(all(judged) and rule in rules and found != "" and follows(rule, concept) == found)
-        concept = found
+        rule = line.partition(" #### ")[0].strip()
+        judged.append(all(judged) and rule in rules and rule.startswith(concept))
+        concept = rule.partition(">")[2]
     return judged
 
 
 def deduction_tokenizer() -> Tokenizer:
-    """Concepts, marks and answers are single tokens."""
-    words = ["<eos>", "\n", " ", ">", "~", ":", "?", " -> ", " #### ", "yes", "no", *CONCEPTS]
+    """A rule is one token: a model of this size learns to look up a token that begins with a concept, but not one after another token."""
+    rules = [f"{left}>{sign}{right}" for left in CONCEPTS for sign in ("", "~") for right in CONCEPTS if left != right]
+    words = ["<eos>", "\n", " ", ":", "?", " #### ", "yes", "no", *CONCEPTS, *rules]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" -> | #### |yes|no|[a-l>~:? \n]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-l]>~?[a-l]| #### |yes|no|[a-l:? \n]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<eos>"])
     return tokenizer

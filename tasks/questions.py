@@ -61,6 +61,8 @@ def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir:
             if solution is not None and not isinstance(solution, str):
                 raise InputError(f"{where}: 'solution' must be text")
             question = Question(str(row.get("id", f"{stem}-{number}")), str(row["question"]).strip(), answer, solution)
+            if any("\ud800" <= letter <= "\udfff" for text in (question.id, question.text, answer, solution or "") for letter in text):
+                raise InputError(f"{where}: half of a surrogate pair is no text")
             if question.id in ids:
                 raise InputError(f"{where}: id {question.id!r} occurs twice")
             ids.add(question.id)

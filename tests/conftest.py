@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+LONG = bool(os.environ.get("SVPO_LONG"))  # have the hours-long part of some tests run, too
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

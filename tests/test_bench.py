@@ -14,8 +14,7 @@ def test_the_loss_is_that_of_trl(tmp_path, model_folder, model, tokenizer):
     """Catches a preference loss that is not DPO's sigmoid loss as TRL computes it, pair by pair, on prefix and step: 1e-4."""
     pytest.importorskip("trl")
     (model_folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<eos>"}')
-    with open(tmp_path / "trees.jsonl", "w") as file:
-        write_trees(file, searched(model, tokenizer))
+    write_trees(tmp_path / "trees.jsonl", searched(model, tokenizer))
     (tmp_path / "questions.jsonl").write_text("".join(
         json.dumps({"id": question.id, "question": question.text, "answer": question.answer}) + "\n" for question in QUESTIONS))
     words = [ROOT / "bench.py", "train", "--model", model_folder, "--data", "questions.jsonl", "--trees", "trees.jsonl", "--batch", "3"]

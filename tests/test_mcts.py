@@ -320,8 +320,7 @@ def test_sampling_follows_the_distribution(tokenizer):
 def test_trees_survive_their_file(tmp_path, model, tokenizer):
     """Catches fields lost or rounded between search and training."""
     trees = list(search_trees(model, tokenizer, QUESTIONS[:3], CONFIG))
-    with open(tmp_path / "trees.jsonl", "w") as file:
-        write_trees(file, trees)
+    write_trees(tmp_path / "trees.jsonl", trees)
     assert read_trees(tmp_path / "trees.jsonl") == trees
 
 

@@ -1,0 +1,137 @@
+"""Checkpoints within a stage, its lines in log.jsonl, and requests to stop: what lets a run be killed at any moment and go on.
+
+A checkpoint is a folder checkpoint-STEP in torch.distributed.checkpoint's format, of any number of ranks. It is written aside, synced and
+renamed, so it is there whole or not at all. Nothing in it is unpickled but the names that such a checkpoint needs.
+"""
+import json
+import os
+import pickle
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from data import once, settle
+from svpo import InputError
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
+METADATA = "torch.distributed.checkpoint.metadata"
+NAMES = {(METADATA, name) for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata",
+                                       "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"), ("torch", "Size"),
+    ("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath"), ("collections", "OrderedDict"),
+    *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", "uint8"))}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) not in NAMES:
+            raise InputError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class PlainReader(dcp.FileSystemReader):
+    """The library's reader unpickles whatever stands in .metadata."""
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = PlainUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class PlainPlanner(dcp.DefaultLoadPlanner):
+    """The library's planner unpickles whatever is not a tensor."""
+    def load_bytes(self, read_item, value):
+        value.seek(0)
+        torch.load(value, weights_only=True)  # refuses what is neither a number nor a plain container
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def transfer(action, state: dict, folder: Path, remedy: str, **more):
+    """Save or load; what goes wrong on any rank is one line that names the folder."""
+    try:
+        action(state, no_dist=not dist.is_initialized(), **more)
+    except CheckpointException as error:
+        cause = inner = next(iter(error.failures.values()))[0]
+        while inner and not isinstance(inner, OSError):  # what the disk said hides behind what the archive writer said
+            inner = inner.__context__
+        cause = inner or cause
+        raise InputError(f"{folder}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}; {remedy}")
+
+
+def save_checkpoint(stage: Path, model, optimizer, step: int, keep: int):
+    """Weights and optimizer state after `step` steps, each rank its shards; the last `keep` checkpoints stay."""
+    path, aside = stage / f"checkpoint-{step}", stage / "checkpoint.partial"
+
+    def forget_old():
+        for old in find_checkpoints(stage)[:-keep]:
+            shutil.rmtree(stage / f"checkpoint-{old}")
+    once(lambda: (shutil.rmtree(aside, ignore_errors=True), forget_old()))
+    transfer(dcp.save, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), aside,
+             "the checkpoint before it is whole; make room and start again", checkpoint_id=aside)  # its files are synced
+
+    def publish():
+        settle(aside)
+        os.replace(aside, path)
+        settle(stage)
+        forget_old()
+    once(publish)
+
+
+def find_checkpoints(stage: Path) -> list[int]:
+    """Steps after which there is a checkpoint."""
+    return sorted(int(path.name.split("-")[1]) for path in stage.glob("checkpoint-[0-9]*"))
+
+
+def load_checkpoint(stage: Path, model, optimizer) -> int:
+    """Load the last checkpoint, which may be of another number of ranks; the steps it has seen, 0 without one."""
+    step = max(find_checkpoints(stage), default=0)
+    if step:
+        folder = stage / f"checkpoint-{step}"
+        remedy = "remove it, and training goes on from the one before, or from the stage's start"
+        try:
+            PlainReader(folder).read_metadata()
+        except Exception as error:  # a damaged pickle may raise anything
+            raise InputError(f"{folder}: its .metadata is damaged ({type(error).__name__}: {error}); {remedy}")
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        transfer(dcp.load, state, folder, remedy, storage_reader=PlainReader(folder), planner=PlainPlanner())
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return step
+
+
+def forget(stage: Path, step: int):
+    """Drop the stage's lines from log.jsonl from `step` on: they are written again."""
+    path = stage.parent / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    path.with_name("log.partial").write_text("".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step))
+    os.replace(path.with_name("log.partial"), path)
+
+
+class Stop:
+    """Within `with Stop() as stop`, SIGINT and SIGTERM only ask: `stop.asked()` says so, on all ranks at the same step."""
+    def __enter__(self):
+        self.number = 0
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        self.number = number
+
+    def asked(self) -> int:
+        """The signal's number where any rank has got one, else 0."""
+        number = torch.tensor(self.number)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
