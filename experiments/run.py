@@ -9,6 +9,7 @@ appends one line to experiments/results.jsonl: table, row, seed, commit, flags, 
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +22,8 @@ import train  # noqa: E402
 from data import load_splits, parse_args, read_trees, run_command, write_trees  # noqa: E402
 from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, rescore, sibling_accuracy  # noqa: E402
 from mcts import Driver, SearchConfig, search_trees  # noqa: E402
-from svpo import LossConfig, Tree  # noqa: E402
+from svpo import LossConfig, Tree, path, sibling_pairs  # noqa: E402
+from tasks.deduction import sound  # noqa: E402
 from train import Job, RunConfig, TrainConfig, train_stage  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
@@ -53,6 +55,8 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
     "compute": {f"{name}, {passes} pass{'es'[:2 * (passes > 1)]}": ["--objective", name, "--tune-epochs", str(passes)]
                 for name, passes in (("grpo", 1), ("grpo", 2), ("rft", 2), ("rft", 4), ("svpo", 2), ("svpo", 4))},
 }
+TABLES["transfer"] = {"sft": None, **{name: ["--objective", name] for name in ("rft", "alphamath", "svpo")}}
+COMMON = {"transfer": ["--data", "deduction", "--sft-questions", "30000", "--sft-batch", "128", "--sft-steps", "1000"]}  # table -> flags of all its rows
 SIZES = {  # name -> what differs from train.TINY (296 k parameters)
     "28 k": dict(hidden_size=24, intermediate_size=72, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=12),
     "97 k": dict(hidden_size=40, intermediate_size=120, num_hidden_layers=5, head_dim=10),
@@ -85,13 +89,13 @@ def unique_tokens(trees: list[Tree]) -> int:
     return sum(sum(node.sampled) for tree in trees for node in tree.nodes)
 
 
-def start(seed: int, out: Path, size: str = "") -> tuple[Path, dict]:
+def start(seed: int, out: Path, kind: str = "", common: list[str] = []) -> tuple[Path, dict]:
     """The seed's SFT model and the trees of its first round; made once. Returns their folder, and what the trees took."""
-    folder = out / f"seed{seed}{size.replace(' ', '')}"
-    train.main(["--seed", str(seed), "--rounds", "0", "--out", str(folder)])
+    folder = out / f"seed{seed}{kind.replace(' ', '')}"
+    train.main(["--seed", str(seed), "--rounds", "0", "--out", str(folder), *common])
     note = folder / "trees.json"
     if not note.exists():
-        job, splits = configure(seed, folder, [])
+        job, splits = configure(seed, folder, common)
         drawn[0] = 0
         begin = time.perf_counter()
         trees = list(search_trees(job.load(folder / "sft"), job.tokenizer, splits["search"][0], job.search, seed + 1, "search"))
@@ -100,10 +104,28 @@ def start(seed: int, out: Path, size: str = "") -> tuple[Path, dict]:
     return folder, json.loads(note.read_text())
 
 
-def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken: dict) -> dict:
+def judge_steps(trees: list[Tree], tokenizer) -> dict:
+    """Of searched deductions: how often right answers rest on wrong steps, and what that does to Q and to the pairs."""
+    right, q, pairs = [], {True: [], False: []}, []
+    for tree in trees:
+        fine = [True]
+        for index, node in enumerate(tree.nodes[1:], 1):
+            text = "".join(tokenizer.tokenizer.decode(tree.nodes[place].tokens) for place in path(tree, index))
+            fine.append(all(sound(tree.question, text)))
+            if node.visit_count:
+                q[fine[-1]].append(node.q_value)
+            if node.reward == 1:
+                right.append(fine[-1])
+        pairs += [(fine[win], fine[lose]) for win, lose, _ in sibling_pairs(tree, min_gap=0.5) if fine[tree.nodes[win].parent]]
+    mixed = [win for win, lose in pairs if win != lose]  # of siblings after sound steps only, one sound and one not
+    return {"right_with_wrong_steps": 1 - statistics.fmean(right), "q_of_sound": statistics.fmean(q[True]), "q_of_unsound": statistics.fmean(q[False]),
+            "unsound_with_positive_q": statistics.fmean(value > 0 for value in q[False]), "mixed_pairs": len(mixed), "sound_preferred": statistics.fmean(mixed)}
+
+
+def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken: dict, common: list[str] = []) -> dict:
     """Train one cell and answer the test questions."""
     samples = flags == ["samples"]
-    job, splits = configure(seed, folder, [] if samples else flags or [])
+    job, splits = configure(seed, folder, common + ([] if samples else flags or []))
     drawn[0] = 0
     previous, seconds, sampled, tokens, groups = base / "sft", 0.0, 0, 0, []
     grow = train.grow_groups
@@ -138,7 +160,13 @@ def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken:
     answers = [answer_questions(model, job.tokenizer, splits["test"], name, job.search, job.answering, seed) for name in STRATEGIES]
     own = sibling_accuracy(grow_judged(model, job.tokenizer, splits["valid"], job.search, seed))
     fixed = sibling_accuracy(rescore(model, read_trees(base / "sft" / "valid-trees.jsonl")))
-    return {"figures": {row["strategy"]: row["accuracy"] for row in answers}, "questions": len(splits["test"]),
+    extra = {}
+    if common:
+        texts = {question.id: question.text for question in splits["test"]}
+        proofs = [(answer["correct"], all(sound(texts[answer["id"]], answer["text"].replace("<eos>", "")))) for answer in answers[0]["answers"]]
+        extra = {"sound": statistics.fmean(fine for _, fine in proofs), "right_with_wrong_steps": statistics.fmean(not fine for right, fine in proofs if right),
+                 "search": judge_steps(read_trees(base / "trees.jsonl"), job.tokenizer)}
+    return {**extra, "figures": {row["strategy"]: row["accuracy"] for row in answers}, "questions": len(splits["test"]),
             "siblings_own": own["accuracy"], "siblings_fixed": fixed["accuracy"], "searched_tokens": tokens + sum(groups), "sampled_tokens": sampled,
             "training_seconds": seconds, "answers": {row["strategy"]: {key: row[key] for key in ("sampled_tokens", "seconds")} for row in answers}}
 
@@ -160,10 +188,11 @@ def main():
             size = flags[1] if flags and flags[0] == "--size" else ""
             flags = flags[2:] if size else flags
             train.TINY.update(TINY | SIZES.get(size, {}))
-            base, taken = start(seed, config.out, size)
+            common = COMMON.get(config.table, [])
+            base, taken = start(seed, config.out, size or (config.table if common else ""), common)
             folder = config.out / f"{config.table}-{row.replace(' ', '-').replace(',', '')}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted cell: cells are short, and begin anew
-            found = measure(seed, flags, folder, base, taken)
+            found = measure(seed, flags, folder, base, taken, common)
             with open(RESULTS, "a") as file:
                 file.write(json.dumps({"table": config.table, "row": row, "seed": seed, "commit": commit, "flags": flags, **found}) + "\n")
             print(f"\n{config.table}, {row}, seed {seed}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in found["figures"].items())

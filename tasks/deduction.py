@@ -14,7 +14,7 @@ from svpo import InputError
 from tasks.arithmetic import split_of
 from tasks.questions import Question
 
-CONCEPTS = "abcdefghijkl"
+CONCEPTS = "abcdefgh"
 
 
 def draw(rng: random.Random) -> tuple[list[str], str, str, bool]:
@@ -71,7 +71,7 @@ def deduction_tokenizer() -> Tokenizer:
     rules = [f"{left}>{sign}{right}" for left in CONCEPTS for sign in ("", "~") for right in CONCEPTS if left != right]
     words = ["<eos>", "\n", " ", ":", "?", " #### ", "yes", "no", *CONCEPTS, *rules]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-l]>~?[a-l]| #### |yes|no|[a-l:? \n]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-h]>~?[a-h]| #### |yes|no|[a-h:? \n]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<eos>"])
     return tokenizer
