@@ -27,7 +27,8 @@ from torch import Tensor
 
 from data import Question, SourceConfig, StepTokenizer, check_tokens, extract_answer, gather, grade, is_correct, load_questions, load_source, once, parse_args, publish, read_trees, \
     run_command, share, to_tree, write_json
-from experiments.reports import draw_budget, print_audit, print_diagnosis
+from support.page import find_tokenizer, write_page
+from support.reports import draw_budget, print_audit, print_diagnosis
 from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
 from model import Llama, block_mask
 from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp, tree_mask
@@ -351,11 +352,17 @@ class EvalConfig:
                           "not trained on, searched with --no-leaf-value")
     sibling_data: str = flag("", "or of trees grown now for these questions, e.g. arithmetic:valid")
     sibling_limit: int = flag(300, "search at most N of them", least=1)
+    show: str = flag("", "draw the trees of this file as a page, FILE.html, and end; needs no --data, and --model only where it is not told")
 
 
 def main():
     source, config, search, answering = parse_args(__doc__, (SourceConfig, EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:],
-                                                   ("model", "data"))
+                                                   () if any(word.startswith("--show") for word in sys.argv) else ("model", "data"))
+    if config.show:
+        trees, out = read_trees(config.show), Path(config.show).with_suffix(".html")
+        if not trees:
+            raise InputError(f"{config.show}: there are no trees in it")
+        return print(f"{out}: {write_page(trees, find_tokenizer(Path(config.show), source.model), out)} of {len(trees)} trees")
     strategies = BUDGET if config.budget else config.strategy
     for strategy in strategies:
         plan(strategy)

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from data import SourceConfig, StepTokenizer, built_in, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
     read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
 from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
-from experiments.plan import print_plan, shape_of
-from experiments.reports import describe
+from support.plan import print_plan, shape_of
+from support.reports import describe
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, load_model, save_model
 from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint

@@ -49,6 +49,8 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
         "gap of 1": ["--min-gap", "1"],
         **{f"{count} simulations": ["--simulations", str(count)] for count in (4, 64)},
         "3 rounds": ["--rounds", "3"],
+        "outcomes only": ["--no-leaf-value"],  # in the search: V has no part in Q
+        "ten times the learning rate": ["--tune-lr", "5e-3"],
     },
     "scale": {f"{size}, {name}": ["--size", size, *flags] if flags is not None else ["--size", size, "--rounds", "0", "--sft-steps", "0"]
               for size in ("28 k", "97 k", "666 k") for name, flags in (("sft", None), ("svpo", []))},  # 296 k stands in "objectives"
@@ -73,7 +75,7 @@ def count_sampled(self, sample=Driver.sample):
 
 
 Driver.sample = count_sampled
-SEARCHED = ("--simulations",)  # flags that need trees of their own, as further rounds do
+SEARCHED = ("--simulations", "--no-leaf-value")  # flags that need trees of their own, as further rounds do
 
 
 def configure(seed: int, folder: Path, flags: list[str], tokenizer=None, splits=None):

@@ -2,7 +2,7 @@
 
     python experiments/why.py --seed 0          the models of runs/experiments/seed0 and of its row "svpo" in table objectives
 
-Appends to experiments/why.jsonl: pairs a tree by depth; V, implicit reward and mean log-probability as judges of siblings, by depth, with
+Appends to experiments/why.jsonl: loss curves of three rows; pairs a tree by depth; V, implicit reward and mean log-probability as judges of siblings, by depth, with
 calibration; and how Q of the search agrees with 64 roll-outs of the same policy from each of 200 nodes.
 """
 import argparse
@@ -57,12 +57,28 @@ def roll_outs(model, tokenizer: StepTokenizer, trees: list, nodes: int, count: i
              "depth": len(path(tree, index))} for number, (tree, index) in enumerate(chosen)]
 
 
-def agreement(rows: list[dict], key: str) -> dict:
-    """Correlation with the roll-outs, mean absolute error, and how often the sign is the same (where the roll-outs have one)."""
+def agreement(rows: list[dict], key: str) -> dict | None:
+    """Correlation with the roll-outs, mean absolute error, and how often the sign is the same where the roll-outs are beyond 0.25; None of a few rows."""
+    if len(rows) < 10:
+        return None
     true, found = np.array([row["monte_carlo"] for row in rows]), np.array([row[key] for row in rows])
     clear = np.abs(true) > 0.25
     return {"correlation": float(np.corrcoef(true, found)[0, 1]), "error": float(np.abs(true - found).mean()),
-            "same_sign": float((np.sign(found) == np.sign(true))[clear].mean()), "clear": int(clear.sum())}
+            "same_sign": float((np.sign(found) == np.sign(true))[clear].mean()) if clear.any() else None, "nodes": len(rows)}
+
+
+def add(line: dict):
+    with open(HERE / "why.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def curves(folder: Path, width: int = 25) -> dict[str, list]:
+    """Means over `width` steps of what a round's log holds."""
+    rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if row["stage"] == "round1"]
+    parts = [rows[place:place + width] for place in range(0, len(rows), width)]
+    return {"step": [part[0]["step"] for part in parts]} | {
+        name: [statistics.fmean([row[name] for row in part if name in row] or [0]) for part in parts]
+        for name in ("loss", "policy", "mse", "sft", "win_reward", "lose_reward", "reward_accuracy", "value_accuracy", "grad_norm")}
 
 
 def main():
@@ -71,6 +87,9 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     config = parser.parse_args()
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    for name in ("objectives-svpo", "objectives-step-dpo", "ablation-ten-times-the-learning-rate"):
+        if (config.runs / f"{name}-{config.seed}" / "log.jsonl").exists():
+            add({"curves": name.partition("-")[2], "seed": config.seed, "commit": commit, **curves(config.runs / f"{name}-{config.seed}")})
     valid = load_questions("arithmetic:valid", 300, config.seed)
     for stage, folder in (("sft", config.runs / f"seed{config.seed}" / "sft"), ("round 1", config.runs / f"objectives-svpo-{config.seed}" / "round1")):
         model, tokenizer = load_model(folder), StepTokenizer.load(folder)
@@ -85,10 +104,8 @@ def main():
             rows = roll_outs(model, tokenizer, with_values, 200, 64, config.seed)
             line = {"stage": stage, "trees": name, "seed": config.seed, "commit": commit, "diagnosis": diagnose(grown, judged),
                     "q": agreement(rows, "q"), "v": agreement(rows, "v"),
-                    "q_by_visits": {label: agreement([row for row in rows if low <= row["n"] < high], "q")
-                                    for label, low, high in (("1-2", 1, 3), ("3-6", 3, 7), ("7 and more", 7, 10**9))}, "nodes": rows}
-            with open(HERE / "why.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+                    "by_depth": {depth: agreement([row for row in rows if row["depth"] == depth], "q") for depth in (1, 2, 3)}, "nodes": rows}
+            add(line)
             print(f"{stage}, trees of {name}: Q {line['q']}, V {line['v']}")
 
 

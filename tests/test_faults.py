@@ -274,9 +274,15 @@ def test_values_load_back_bit_equal(tmp_path):
             assert torch.equal(ours, theirs)
 
 
+def test_text_does_not_steer_the_terminal():
+    """Catches steps of a model that clear the screen, or turn round what is read."""
+    from support.reports import visible
+    assert visible("a\tb\n\x1b[2J \u202e1\x00") == "a\tb\n\\x1b[2J \\x202e1\\x00"
+
+
 def test_trees_without_preferences_are_said(capsys, tokenizer):
     """Catches a round of all-right or all-wrong trees that goes by without a word."""
-    from experiments.reports import describe
+    from support.reports import describe
     step = [5, 0]
     trees = [Tree("q", "?", "1", [TreeNode(-1, [3], [False]), *(TreeNode(0, step, [True] * 2, visit_count=1, q_value=reward, reward=reward, ending="answer") for _ in range(2))])
              for reward in (1.0, -1.0)]

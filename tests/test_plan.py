@@ -8,7 +8,7 @@ import torch
 
 from conftest import ROOT, redraw, tiny_config
 from data import PRESETS
-from experiments.plan import Sizes, shape_of
+from support.plan import Sizes, shape_of
 from model import Llama, TreeCache, save_model
 
 MEASURE = """

@@ -1,9 +1,15 @@
 """What the commands print and draw beside their tables; figures where matplotlib is present."""
 import random
+import unicodedata
 from pathlib import Path
 
 from data import StepTokenizer
 from svpo import Tree, path, sibling_pairs
+
+
+def visible(text: str) -> str:
+    """A text for the terminal: what would steer it, control characters and marks of direction, is shown as its number."""
+    return "".join(letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf") else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def describe(trees: list[Tree], tokenizer: StepTokenizer):
@@ -18,12 +24,12 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer):
         print("no siblings differ in Q: preferences and margin have nothing to learn from, and this round trains the other terms alone")
     tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
     two = max(found, key=lambda pair: tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value)[:2] if found else range(1, len(tree.nodes))[:2]
-    print(f"   question  {tree.question}")
+    print(f"   question  {visible(tree.question)}")
     for label, index in [("step", index) for index in (path(tree, two[0])[:-1] if two else [])] + list(zip(
             (" +  sibling", " -  sibling") if found else ("    sibling",) * 2, two)):
         node = tree.nodes[index]
         numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})" if "sibling" in label else ""
-        print(f"{label:>11}  {tokenizer.tokenizer.decode(node.tokens).strip()}{numbers}", flush=True)
+        print(f"{label:>11}  {visible(tokenizer.tokenizer.decode(node.tokens).strip())}{numbers}", flush=True)
 
 
 def print_audit(answers: list[dict], count: int):
@@ -35,7 +41,7 @@ def print_audit(answers: list[dict], count: int):
         for answer in random.Random(0).sample(row["answers"], min(count, len(row["answers"]))):
             verdict = "right" if answer["correct"] else "wrong" if answer["answer"] is not None else "no answer found"
             print(f"--- {answer['id']}: {verdict} by {answer['graded_by']}; stated {answer['answer']!r}, right is {answer['reference']!r}\n"
-                  f"{answer['text'].strip()[-400:]}")
+                  f"{visible(answer['text'].strip()[-400:])}")
 
 
 def print_diagnosis(found: dict):
