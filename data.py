@@ -24,7 +24,7 @@ from support.flags import parse_args, run_command  # noqa: F401
 from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
 from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
 from tasks.published import PRESETS, find_folder  # noqa: F401
-from tasks.questions import Question, built_in, grader, is_built_in, load_questions, load_splits, read_rows  # noqa: F401
+from tasks.questions import Question, grader, is_built_in, load_questions, load_splits, read_rows, task_tokenizer  # noqa: F401
 from tasks.steps import chat_template, closed, run_code, split_xml  # noqa: F401
 
 

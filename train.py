@@ -29,8 +29,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import SourceConfig, StepTokenizer, built_in, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
-    read_template, read_trees, resume_trees, run_command, share, solution_tree, write_json, write_trees
+from data import SourceConfig, StepTokenizer, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
+    read_template, read_trees, resume_trees, run_command, share, solution_tree, task_tokenizer, write_json, write_trees
 from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
 from support.plan import print_plan, shape_of
 from support.reports import describe
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None):
     if losses.objective not in OBJECTIVES.keys() - {"sft"}:
         raise InputError(f"--objective {losses.objective}: there are {', '.join(sorted(OBJECTIVES.keys() - {'sft'}))}")
     if run.plan:
-        shape = LlamaConfig(built_in(run.data, "tokenizer")().get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
+        shape = LlamaConfig(task_tokenizer(run.data).get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
         return print_plan(shape, *stages)
     device, splits = join_ranks(run), load_splits(run)
     job = Job(*stages, device, *check_splits(run, train, search, splits))
@@ -143,7 +143,7 @@ class Job:
 def check_splits(run: RunConfig, train: TrainConfig, search: SearchConfig, splits: dict) -> tuple[StepTokenizer, StepTokenizer]:
     """The tokenizers of a Job. What does not fit, SFT without solutions and a checkpoint that does not load are refused: nothing is written yet."""
     if run.model == "tiny":
-        tokenizer, context = StepTokenizer(built_in(run.data, "tokenizer")(), [0], read_template(run.prompt)), TINY["max_position_embeddings"]
+        tokenizer, context = StepTokenizer(task_tokenizer(run.data), [0], read_template(run.prompt)), TINY["max_position_embeddings"]
     else:
         folder, tokenizer = find_source(run)
         context = load_model(folder, "meta").config.max_position_embeddings

@@ -1,11 +1,16 @@
 """Questions: from the built-in tasks, published benchmarks and JSONL files, and the splits to train and test on."""
-import importlib
+import hashlib
 import json
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from svpo import InputError
+from tasks import arithmetic, deduction
 from tasks.grading import algebra, extract_answer, is_correct, needs_algebra
 from tasks.published import find_file, to_row
 
@@ -18,17 +23,56 @@ class Question:
     solution: str | None = None  # worked solution, one step a line, for SFT
 
 
-BUILT_IN = ("arithmetic", "deduction")  # tasks/NAME.py has NAME_questions(split, count, seed) and NAME_tokenizer()
+@dataclass(frozen=True)
+class Task:
+    """A built-in task: what draws a question, and its words, each one token beside end-of-text."""
+    draw: Callable  # (random.Random) -> (question, answer, function that writes a worked solution)
+    words: list[str]
+
+
+TASKS = {"arithmetic": Task(arithmetic.draw, arithmetic.WORDS), "deduction": Task(deduction.draw, deduction.WORDS)}  # yours may be added
+SPLITS = {"sft": range(0, 96), "search": range(96, 208), "valid": range(208, 224), "test": range(224, 256)}  # values of a byte
 
 
 def is_built_in(spec: str) -> bool:
     """Whether a --data names a built-in task, not a file."""
-    return spec.split(":")[0] in BUILT_IN
+    return spec.split(":")[0] in TASKS
 
 
-def built_in(name: str, part: str):
-    """`NAME_questions` or `NAME_tokenizer` of a built-in task."""
-    return getattr(importlib.import_module(f"tasks.{name}"), f"{name}_{part}")
+def split_of(text: str) -> str:
+    """The split that owns a question: by a hash of its text, so the splits are disjoint for every seed and size."""
+    return next(name for name, owned in SPLITS.items() if hashlib.sha256(text.encode()).digest()[0] in owned)
+
+
+def generate(name: str, split: str, count: int, seed: int) -> list[Question]:
+    """`count` different questions of a split of a built-in task, drawn with `seed`; worked solutions in split sft only."""
+    if split not in SPLITS:
+        raise InputError(f"{name}:{split}: the splits of the built-in task are {', '.join(SPLITS)}")
+    rng, seen, questions, vain = random.Random(f"{split} {seed}"), set(), [], 0
+    while len(questions) < count:
+        text, answer, work = TASKS[name].draw(rng)
+        vain += 1
+        if vain > 200_000:
+            raise InputError(f"{count} questions of split {split!r} are wanted, but the built-in task {name} has only {len(questions)}")
+        if text not in seen and split_of(text) == split:
+            solution, vain = work(), 0
+            seen.add(text)
+            questions.append(Question(f"{split}-{seed}-{len(questions)}", text, answer, solution if split == "sft" else None))
+    return questions
+
+
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """Each word is one token; <eos> is token 0, and what no word covers becomes it."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["<eos>", *words])}, unk_token="<eos>"))
+    longest_first = sorted(words, key=len, reverse=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(re.sub(r"([^\w\s<>~=:-])", r"\\\1", word) for word in longest_first)), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<eos>"])
+    return tokenizer
+
+
+def task_tokenizer(name: str) -> Tokenizer:
+    return word_tokenizer(TASKS[name].words)
 
 
 def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir: str = "") -> list[Question]:
@@ -39,7 +83,7 @@ def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir:
     """
     if is_built_in(data):
         name, _, split = data.partition(":")
-        return built_in(name, "questions")(split or "test", 500 if limit is None else limit, seed)
+        return generate(name, split or "test", 500 if limit is None else limit, seed)
     questions, ids = [], set()
     for spec in [data] if Path(data).exists() else data.split():
         path = find_file(spec, data_dir)

@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from data import StepTokenizer
-from tasks.arithmetic import arithmetic_tokenizer  # noqa: E402
+from tasks.questions import task_tokenizer  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def tiny_config(**changes) -> LlamaConfig:
 
 @pytest.fixture
 def tokenizer() -> StepTokenizer:
-    return StepTokenizer(arithmetic_tokenizer(), [0])
+    return StepTokenizer(task_tokenizer("arithmetic"), [0])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import train
 from conftest import ROOT
 from data import read_trees, run_command
 from eval import rescore
-from tasks.arithmetic import split_of
+from tasks.questions import split_of
 from model import load_model
 from train import order, schedule
 
