@@ -27,10 +27,11 @@ from torch import Tensor
 
 from data import Question, SourceConfig, StepTokenizer, check_tokens, extract_answer, gather, grade, is_correct, load_questions, load_source, once, parse_args, publish, read_trees, \
     run_command, share, to_tree, write_json
+from support.figures import draw_run
 from support.page import find_tokenizer, write_page
-from support.reports import draw_budget, print_audit, print_diagnosis
+from support.reports import draw_budget, print_answers, print_audit, print_diagnosis
 from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
-from model import Llama, block_mask
+from model import Llama, block_mask, load_model
 from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp, tree_mask
 
 BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "best") for count in (2, 4, 8, 16, 32)),
@@ -316,31 +317,6 @@ def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
     return float((right * (wrong.cumsum() - wrong / 2)).sum() / total) if total > 0 else None
 
 
-# --------------------------------------------------------------------------------------------- tables
-
-def print_table(rows: list[dict], title: str):
-    """One line a stage: accuracy in % with its standard error for each strategy, then value sibling accuracy on
-    trees of the stage's own policy and on the fixed trees of the first stage."""
-    strategies = [answer["strategy"] for answer in rows[0]["answers"]]
-    names = [f"SBS({name[5:]})" if name.startswith("beam:") else name for name in strategies]
-    kinds = [(key, name) for key, name in (("siblings", "siblings own"), ("siblings_fixed", "siblings fixed")) if key in rows[0]]
-    print(f"\n{title}\n{'stage':10}" + "".join(f"{name:>14}" for name in names) + "".join(f"{name:>16}" for _, name in kinds))
-    for row in rows:
-        cells = [f"{100 * answer['accuracy']:.1f} +- {100 * answer['standard_error']:.1f}" for answer in row["answers"]]
-        measured = [" +- ".join("-" if row[key][name] is None else f"{row[key][name]:.3f}" for name in ("accuracy", "standard_error"))
-                    for key, _ in kinds]
-        print(f"{row['stage']:10}" + "".join(f"{cell:>14}" for cell in cells) + "".join(f"{cell:>16}" for cell in measured), flush=True)
-
-
-def print_answers(answers: list[dict]):
-    """One line a strategy: accuracy and what a question cost."""
-    print(f"{'strategy':14}{'accuracy %':>14}{'stated %':>10}{'sampled':>9}{'fed':>8}{'steps':>7}{'seconds':>9}   a question")
-    for row in answers:
-        cell = f"{100 * row['accuracy']:.1f} +- {100 * row['standard_error']:.1f}"
-        print(f"{row['strategy']:14}{cell:>14}{100 * row['stated']:>10.1f}{row['sampled_tokens']:>9.0f}{row['fed_tokens']:>8.0f}"
-              f"{row['steps']:>7.1f}{row['seconds']:>9.4f}")
-
-
 @dataclass(frozen=True)
 class EvalConfig:
     """How to answer, and what else to measure."""
@@ -352,17 +328,22 @@ class EvalConfig:
                           "not trained on, searched with --no-leaf-value")
     sibling_data: str = flag("", "or of trees grown now for these questions, e.g. arithmetic:valid")
     sibling_limit: int = flag(300, "search at most N of them", least=1)
+    figures: str = flag("", "draw this run folder, RUN/figures.png, and end; needs matplotlib")
     show: str = flag("", "draw the trees of this file as a page, FILE.html, and end; needs no --data, and --model only where it is not told")
 
 
 def main():
     source, config, search, answering = parse_args(__doc__, (SourceConfig, EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:],
-                                                   () if any(word.startswith("--show") for word in sys.argv) else ("model", "data"))
+                                                   () if any(word.startswith(("--show", "--figures")) for word in sys.argv) else ("model", "data"))
     if config.show:
         trees, out = read_trees(config.show), Path(config.show).with_suffix(".html")
         if not trees:
             raise InputError(f"{config.show}: there are no trees in it")
         return print(f"{out}: {write_page(trees, find_tokenizer(Path(config.show), source.model), out)} of {len(trees)} trees")
+    if config.figures:
+        def judge(folder, trees):
+            return diagnose(trees, rescore(load_model(folder, source.device), trees))
+        return print(draw_run(Path(config.figures), judge))
     strategies = BUDGET if config.budget else config.strategy
     for strategy in strategies:
         plan(strategy)

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Question, SourceConfig, StepTokenizer, closed, extract_answer, grader, keep_config, load_source, parse_args, resume_trees, \
     run_command, to_tree, write_trees
 from model import Llama, TreeCache
+from support.reports import progress, show_pace
 from svpo import InputError, flag
 
 
@@ -111,8 +111,7 @@ def puct(child: Node, c_puct: float) -> float:
 
 def select(root: Node, c_puct: float, rng: random.Random) -> Node | None:
     """Walk down by puct to a node without children, never to a terminal one; None when the whole tree is exhausted. A node
-    whose children are all terminal or closed is closed, and the walk starts again; the official code ends the search there.
-    """
+    whose children are all terminal or closed is closed, and the walk starts again; the official code ends the search there."""
     node = root
     while not root.closed:
         if not node.children:
@@ -122,8 +121,7 @@ def select(root: Node, c_puct: float, rng: random.Random) -> Node | None:
             node.closed, node = True, root
             continue
         scores = [puct(child, c_puct) for child in open_children]
-        best = max(scores)
-        node = rng.choice([child for child, score in zip(open_children, scores) if score == best])
+        node = rng.choice([child for child, score in zip(open_children, scores) if score == max(scores)])
     return None
 
 
@@ -191,15 +189,14 @@ class Driver:
         self.next_slot, self.next_place = np.zeros((2, rows), dtype=np.int64)
         self.parent, self.children = [None] * (rows * lanes), [[]] * rows  # by lane; by row the complete children
         self.searches = [None] * rows  # (question, root, generator, random numbers)
-        self.sampled_tokens = self.fed_tokens = self.steps = 0
+        self.sampled_tokens = self.fed_tokens = self.steps = self.graded = self.solved = 0
 
     def run(self, start, label: str):
         """Yield (question, root, what the generator of `start(question, root)` returned) as searches end."""
         begin = time.perf_counter()
-        with tqdm(self.ends(start), label, len(self.waiting), unit="question", mininterval=1.0, dynamic_ncols=True,
-                  disable=int(os.environ.get("RANK", 0)) > 0) as bar:
+        with progress(self.ends(start), label, len(self.waiting), "question") as bar:
             for end in bar:
-                bar.set_postfix_str(f"{self.sampled_tokens / (time.perf_counter() - begin):.0f} tokens/s", refresh=False)
+                show_pace(bar, self, end[1], time.perf_counter() - begin)
                 yield end
 
     @torch.inference_mode()
@@ -387,10 +384,10 @@ def main():
     path = out if ranks == 1 else out.with_name(f"{out.stem}-{rank}{out.suffix}")
     done = {tree.id for tree in resume_trees(out, rank, ranks)}
     mine = [question for question in questions[rank::ranks] if question.id not in done]
-    trees, begin = search_trees(model, tokenizer, mine, search, source.seed), time.perf_counter()
+    trees = search_trees(model, tokenizer, mine, search, source.seed)
     keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"), write=rank == 0)
     write_trees(path, trees)
-    print(f"{path}: {len(mine)} trees in {time.perf_counter() - begin:.1f} s, {len(questions[rank::ranks]) - len(mine)} were there")
+    print(f"{path}: {len(mine)} trees, {len(questions[rank::ranks]) - len(mine)} were there")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,13 +28,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from data import SourceConfig, StepTokenizer, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
     read_template, read_trees, resume_trees, run_command, share, solution_tree, task_tokenizer, write_json, write_trees
-from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, print_table, rescore, score, sibling_accuracy
+from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, rescore, score, sibling_accuracy
 from support.plan import print_plan, shape_of
-from support.reports import describe
+from support.reports import describe, open_board, print_table, progress
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, load_model, save_model
 from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
@@ -77,6 +77,7 @@ class TrainConfig:
     pack_tokens: int = flag(0, "tokens of one forward and backward pass, whole trees; 0: a rank's share of the step", least=0)
     recompute: bool = flag(False, "keep only the blocks' inputs for the backward pass (activation checkpointing)")
     save_every: int = flag(200, "optimizer steps between checkpoints", least=1)
+    tensorboard: bool = flag(False, "write the log to RUN/tensorboard, too (pip install tensorboard)")
     keep: int = flag(1, "checkpoints of a stage that stay until it ends", least=1)
     warmup: float = flag(0.03, "share of the steps with rising learning rate; cosine decay follows", least=0)
     weight_decay: float = flag(0.01, "AdamW's", least=0)
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None):
         raise InputError("--chat and --steps xml need a real --model: the tiny one learns lines")
     if losses.objective not in OBJECTIVES.keys() - {"sft"}:
         raise InputError(f"--objective {losses.objective}: there are {', '.join(sorted(OBJECTIVES.keys() - {'sft'}))}")
+    if train.tensorboard and not find_spec("tensorboard"):
+        raise InputError("--tensorboard needs a package that is not installed: pip install tensorboard")
     if run.plan:
         shape = LlamaConfig(task_tokenizer(run.data).get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
         return print_plan(shape, *stages)
@@ -168,7 +171,7 @@ def open_run(folder: Path, stages: tuple):
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     once(lambda: None)  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
-    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep"), write=not int(os.environ.get("RANK", 0)), commit=commit)
+    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep", "tensorboard"), write=not int(os.environ.get("RANK", 0)), commit=commit)
 
 
 def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path:
@@ -269,8 +272,8 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay, fused=True)
     first = load_checkpoint(stage, model, optimizer)
     once(lambda: forget(stage, first))
-    with tqdm(range(first, steps), stage.name, initial=first, total=steps, unit="step", mininterval=1.0, dynamic_ncols=True,
-              disable=int(os.environ.get("RANK", 0)) > 0) as bar, Stop() as stop:
+    board = open_board(stage.parent / "tensorboard") if train.tensorboard and not int(os.environ.get("RANK", 0)) else None
+    with progress(range(first, steps), stage.name, steps, "step", first) as bar, Stop() as stop:
         for step in bar:
             begin = time.perf_counter()
             figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
@@ -293,7 +296,10 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
                 save_checkpoint(stage, model, optimizer, step + 1, train.keep)
             if stopped:
                 raise KeyboardInterrupt(stopped)
-            bar.set_postfix_str(", ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "policy", "mse") if name in figures))
+            for name, value in figures.items() if board else ():
+                board.add_scalar(f"{stage.name}/{name}", value, step)
+            shown = ("loss", "policy", "reward_accuracy", "mse", "value_accuracy")
+            bar.set_postfix_str(", ".join([f"{name} {figures[name]:.3f}" for name in shown if name in figures] + [f"{figures['unique_tokens_s']:.0f} tokens/s"]), refresh=False)
 
 
 def backward(model: Llama, mine: list[tuple[int, Lesson]], losses: LossConfig, train: TrainConfig, seed: int, step: int):

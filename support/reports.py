@@ -1,10 +1,49 @@
 """What the commands print and draw beside their tables; figures where matplotlib is present."""
+import os
 import random
+import sys
 import unicodedata
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import StepTokenizer
 from svpo import Tree, path, sibling_pairs
+
+
+class Lines:
+    """Where progress goes when nobody watches: a line now and then in place of a bar."""
+    def write(self, text: str):
+        if text := text.strip("\r\n "):
+            sys.stderr.write(text + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(items, label: str, total: int, unit: str, first: int = 0) -> tqdm:
+    """A bar on a terminal, else a line every half minute; only rank 0 shows one."""
+    watched = sys.stderr.isatty()
+    plain = {} if watched else {"file": Lines(), "delay": 5, "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"}
+    return tqdm(items, label, total, initial=first, unit=unit, mininterval=1.0 if watched else 30.0, maxinterval=30.0, dynamic_ncols=watched,
+                disable=int(os.environ.get("RANK", 0)) > 0, **plain)
+
+
+def show_pace(bar: tqdm, driver, root, seconds: float):
+    """Beside the bar of a driver whose search below `root` has ended: nodes and tokens a second, and the share of solved questions where outcomes are known."""
+    nodes = [root]
+    for node in nodes:
+        nodes += node.children
+    rewards = [node.reward for node in nodes if node.reward is not None]
+    driver.graded, driver.solved = driver.graded + bool(rewards), driver.solved + (1 in rewards)
+    solved = f", {100 * driver.solved / driver.graded:.0f} % solved" if driver.graded else ""
+    bar.set_postfix_str(f"{driver.steps / seconds:.0f} nodes/s, {driver.sampled_tokens / seconds:.0f} tokens/s{solved}", refresh=False)
+
+
+def open_board(folder: Path):
+    """TensorBoard's writer."""
+    from torch.utils.tensorboard import SummaryWriter  # takes the optional package
+    return SummaryWriter(str(folder))
 
 
 def visible(text: str) -> str:
@@ -30,6 +69,29 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer):
         node = tree.nodes[index]
         numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})" if "sibling" in label else ""
         print(f"{label:>11}  {visible(tokenizer.tokenizer.decode(node.tokens).strip())}{numbers}", flush=True)
+
+
+def print_table(rows: list[dict], title: str):
+    """One line a stage: accuracy in % with its standard error for each strategy, then value sibling accuracy on
+    trees of the stage's own policy and on the fixed trees of the first stage."""
+    strategies = [answer["strategy"] for answer in rows[0]["answers"]]
+    names = [f"SBS({name[5:]})" if name.startswith("beam:") else name for name in strategies]
+    kinds = [(key, name) for key, name in (("siblings", "siblings own"), ("siblings_fixed", "siblings fixed")) if key in rows[0]]
+    print(f"\n{title}\n{'stage':10}" + "".join(f"{name:>14}" for name in names) + "".join(f"{name:>16}" for _, name in kinds))
+    for row in rows:
+        cells = [f"{100 * answer['accuracy']:.1f} +- {100 * answer['standard_error']:.1f}" for answer in row["answers"]]
+        measured = [" +- ".join("-" if row[key][name] is None else f"{row[key][name]:.3f}" for name in ("accuracy", "standard_error"))
+                    for key, _ in kinds]
+        print(f"{row['stage']:10}" + "".join(f"{cell:>14}" for cell in cells) + "".join(f"{cell:>16}" for cell in measured), flush=True)
+
+
+def print_answers(answers: list[dict]):
+    """One line a strategy: accuracy and what a question cost."""
+    print(f"{'strategy':14}{'accuracy %':>14}{'stated %':>10}{'sampled':>9}{'fed':>8}{'steps':>7}{'seconds':>9}   a question")
+    for row in answers:
+        cell = f"{100 * row['accuracy']:.1f} +- {100 * row['standard_error']:.1f}"
+        print(f"{row['strategy']:14}{cell:>14}{100 * row['stated']:>10.1f}{row['sampled_tokens']:>9.0f}{row['fed_tokens']:>8.0f}"
+              f"{row['steps']:>7.1f}{row['seconds']:>9.4f}")
 
 
 def print_audit(answers: list[dict], count: int):

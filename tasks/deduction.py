@@ -2,14 +2,15 @@
 
 A question has seven rules in any order, a fact and a query: `b>c a>~d ... a: d?`, "whatever is b is c; a is not d; given a, is it d?".
 A solution applies one rule a line (`a>b`, then `b>c`), until one speaks of the query: `#### yes` or `#### no`. The goal stands in two rules, with
-either sign: one can be reached from the fact, the other cannot. The teacher who wrote the worked solutions takes any rule that begins with
-the present concept; where there is none, a leap: one of the two rules about the goal, though nothing has shown what it begins with. Half of
-the leaps hit the right answer, so outcomes are noisy labels of steps. Whether a step follows is seen in its text.
+either sign: one can be reached from the fact, the other cannot. The teacher who wrote the worked solutions takes the rule that begins with the
+present concept, or leaps: to one of the two rules about the goal, though nothing has shown what it begins with. Half of the leaps hit the right
+answer, so outcomes are noisy labels of steps. Whether a step follows is seen in its text.
 """
 import random
 from typing import Callable
 
 CONCEPTS = "abcdefgh"
+LEAPS = 0.35  # how often the teacher leaps
 RULES = [f"{left}>{sign}{right}" for left in CONCEPTS for sign in ("", "~") for right in CONCEPTS if left != right]
 WORDS = ["\n", " ", ":", "?", " #### ", "yes", "no", *CONCEPTS, *RULES]  # a rule is one token: a model of this size learns to look up a token that
 #                                                                  begins with a concept, but not one that stands after another one
@@ -20,8 +21,7 @@ def draw(rng: random.Random) -> tuple[str, str, Callable[[], str]]:
     fact, one, two, goal, other, false, *ends = rng.sample(CONCEPTS, 8)
     holds = rng.random() < 0.5
     rules = [f"{fact}>{one}", f"{one}>{two}", f"{two}>{'' if holds else '~'}{goal}"]
-    rules += [f"{fact}>{ends[0]}", f"{one}>{ends[1]}"]  # other ways to go, which end
-    rules += [f"{other}>{false}", f"{false}>{'~' if holds else ''}{goal}"]  # never reached
+    rules += [f"{ends[0]}>{ends[1]}", f"{ends[1]}>{other}", f"{other}>{false}", f"{false}>{'~' if holds else ''}{goal}"]  # never reached
     rng.shuffle(rules)
     return f"{' '.join(rules)} {fact}: {goal}?", "yes" if holds else "no", lambda: careless(rules, fact, goal, rng)
 
@@ -30,8 +30,8 @@ def careless(rules: list[str], concept: str, goal: str, rng: random.Random) -> s
     """A worked solution of the teacher."""
     lines = []
     while concept.strip("~") != goal:
-        usable = [rule for rule in rules if rule.startswith(concept)] or [rule for rule in rules if rule.endswith(goal)]
-        rule = rng.choice(usable)
+        leap = rng.random() < LEAPS
+        rule = rng.choice([rule for rule in rules if (rule.endswith(goal) if leap else rule.startswith(concept))])
         concept = rule.partition(">")[2]
         lines.append(rule)
     return "\n".join(lines) + f" #### {'no' if '~' in concept else 'yes'}"
