@@ -92,8 +92,8 @@ def search_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig,
     with watch:
         driver = Driver(model, tokenizer, questions, config.live, search.expand_width, search.search_temperature, search,
                         search.simulations, source.seed)
-        feed, ticks = driver.feed, []
-        driver.feed = lambda: ticks.append(feed())
+        tick, ticks = driver.tick, []
+        driver.tick = lambda: ticks.append(tick())
         simulations = sum(end[0] for _, _, end in driver.run(lambda question, root: mcts(
             root, search, grader(question), random.Random(question.id)), "ours"))
     return report(begin, source.device, driver.steps, driver.sampled_tokens, fed_tokens=driver.fed_tokens, simulations=simulations,

@@ -231,7 +231,7 @@ class StepTokenizer:
         self.tokenizer.encode_special_tokens = False
         return found
 
-    def draw(self, logits_XV: torch.Tensor, uniform_X: torch.Tensor, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, logits_XV: torch.Tensor, uniform_X: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (X,) at a temperature (0: the likeliest) by inverting the cumulative distribution, and their
         untempered log-probabilities. Ids that the tokenizer does not have are never drawn, but count in the softmax."""
         known_XV = logits_XV[:, :self.tables_4V.shape[1]]
@@ -242,7 +242,7 @@ class StepTokenizer:
             target_X1 = (uniform_X * cumulative_XV[:, -1])[:, None]
             token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0].clamp(max=known_XV.shape[1] - 1)
         logp_X = logits_XV.gather(1, token_X[:, None])[:, 0] - logits_XV.logsumexp(dim=-1)
-        return token_X.cpu().numpy(), logp_X.cpu().numpy()
+        return token_X, logp_X
 
 
 # --------------------------------------------------------------------------------------------- trees

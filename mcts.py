@@ -26,6 +26,7 @@ from torch import Tensor
 from data import Question, SourceConfig, StepTokenizer, closed, extract_answer, grader, keep_config, load_source, parse_args, resume_trees, \
     run_command, to_tree, write_trees
 from model import Llama, TreeCache
+from support.graphs import Graphed
 from support.reports import progress, show_pace
 from svpo import InputError, flag
 
@@ -158,7 +159,7 @@ class Driver:
     it may need; without, a search whose share of the cache is used up receives None for children.
     """
     def __init__(self, model: Llama, tokenizer: StepTokenizer, questions: list[Question], rows: int, lanes: int, temperature: float,
-                 config: SearchConfig, expansions: int, seed: int = 0, paths: int = 1, through: int = 1, fit: bool = False):
+                 config: SearchConfig, expansions: int, seed: int = 0, paths: int = 1, through: int = 1, fit: bool = False, static: bool | None = None):
         self.model, self.tokenizer, self.temperature, self.seed = model.eval(), tokenizer, temperature, seed
         self.lanes, self.through, self.step_tokens = lanes, through, config.max_step_tokens
         self.device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -178,14 +179,17 @@ class Driver:
                              f"{rows * (max(lengths) + beside + (places if fit else new))}")
         self.rows = rows = max(1, min(rows, len(questions)))
         self.slots = max(lengths) + beside
-        self.cache = TreeCache(model.config, rows, self.slots, min(places, self.share - min(lengths)), self.device, dtype)
+        self.static = self.device.type == "cuda" if static is None else static
+        self.cache = TreeCache(model.config, rows, self.slots + self.static, min(places, self.share - min(lengths)), self.device, dtype)
         self.mask_BNS = np.zeros((rows, lanes, self.slots), dtype=bool)
+        self.mask_BNS[:, :, 0] = True  # a lane that sees nothing would compute NaN
         self.hidden_XD = torch.zeros(rows * lanes, model.config.hidden_size, device=self.device, dtype=dtype)
         self.live, self.text = np.zeros((2, rows * lanes), dtype=bool)
-        self.token, self.position, self.slot, self.length, self.ending = np.zeros((5, rows * lanes), dtype=np.int64)
-        self.logp = np.zeros(rows * lanes)
+        self.position, self.slot, self.length, self.ending = np.zeros((4, rows * lanes), dtype=np.int64)
+        self.logp, self.value = np.zeros((2, rows * lanes))
         self.step_XC, self.slot_XC, self.given_XC = np.zeros((3, rows * lanes, self.step_tokens), dtype=np.int64)  # given: -1 is none
         self.uniform_XC = np.zeros((rows * lanes, self.step_tokens), dtype=np.float32)  # the random numbers of each lane's step
+        self.device_tick = Graphed(self.compute, self.hidden_XD) if self.static else self.compute
         self.next_slot, self.next_place = np.zeros((2, rows), dtype=np.int64)
         self.parent, self.children = [None] * (rows * lanes), [[]] * rows  # by lane; by row the complete children
         self.searches = [None] * rows  # (question, root, generator, random numbers)
@@ -213,8 +217,7 @@ class Driver:
                 yield from self.refill(free, prefix, start)
             if not self.live.any():
                 continue
-            self.sample()
-            self.feed()
+            self.tick()
             for row in self.complete():
                 yield from self.resume(row, [child for child in self.children[row] if child])
 
@@ -286,30 +289,45 @@ class Driver:
         self.live[lane], self.ending[lane], self.text[lane] = True, 0, False
         self.uniform_XC[lane], self.given_XC[lane] = rng.random(self.step_tokens), -1
 
-    def sample(self):
-        """Sample the next token of every live lane, give it a slot, and see whether it ends the step."""
-        lanes = np.flatnonzero(self.live)
-        row, column = np.divmod(lanes, self.lanes)
-        count_B = np.bincount(row, minlength=self.rows)
-        slot = self.next_slot[row] + np.arange(len(lanes)) - (count_B.cumsum() - count_B)[row]
+    def tick(self):
+        """Sample the next token of every live lane, feed it from a slot of its own, and see whether it ends the step. Where ticks are `static`,
+        dead lanes go along, to a slot that nobody reads: then all ticks that read as many slots have the same shapes."""
+        live = np.flatnonzero(self.live)
+        row, column = np.divmod(live, self.lanes)
+        count_B, count = np.bincount(row, minlength=self.rows), self.length[live]
+        slot = self.next_slot[row] + np.arange(len(live)) - (count_B.cumsum() - count_B)[row]
         self.next_slot += count_B
-        count = self.length[lanes]
-        logits_XV = self.model.logits(self.hidden_XD[self.to_device(lanes)]).float()
-        token, logp = self.tokenizer.draw(logits_XV, self.to_device(self.uniform_XC[lanes, count]), self.temperature)
-        own = self.given_XC[lanes, count] < 0
-        token, logp = np.where(own, token, self.given_XC[lanes, count]), np.where(own, logp, 0.0)
-        self.token[lanes], self.slot[lanes] = self.step_XC[lanes, count], self.slot_XC[lanes, count] = token, slot
+        self.slot[:], self.slot[live] = self.slots, slot
+        self.slot_XC[live, count] = slot
         self.mask_BNS[row, column, slot] = True
-        self.logp[lanes] += logp
-        self.position[lanes] += 1
-        self.length[lanes] += 1
+        self.position[live] += 1
+        self.length[live] += 1
+        lanes = np.arange(len(self.live)) if self.static else live
+        last, block = self.length[lanes] - 1, 256 if self.static else 64
+        used = min(self.slots, -(-int(self.next_slot.max()) // block) * block)
+        found = self.device_tick(*map(self.to_device, (lanes, self.uniform_XC[lanes, last], self.given_XC[lanes, last], self.slot[lanes], self.position[lanes],
+                                                       self.mask_BNS[:, None, :, :used]))).cpu().numpy()
+        token, logp, self.value[live] = found[:, live] if self.static else found
+        own, token = self.given_XC[live, count] < 0, token.astype(np.int64)
+        self.step_XC[live, count] = token
+        self.logp[live] += np.where(own, logp, 0.0)
         eos, breaks, text, before = self.tables[:, token] & own
-        breaks &= self.text[lanes] | before  # a line break ends a step once there is visible text before it
-        self.text[lanes] |= text
+        breaks &= self.text[live] | before  # a line break ends a step once there is visible text before it
+        self.text[live] |= text
         if self.tokenizer.xml and breaks.any():
-            breaks[breaks] = self.close_tags(lanes[breaks])
-        self.ending[lanes] = np.where(eos, EOS, np.where(breaks, LINE, np.where(count + 1 >= self.step_tokens, CUT, 0)))
+            breaks[breaks] = self.close_tags(live[breaks])
+        self.ending[live] = np.where(eos, EOS, np.where(breaks, LINE, np.where(count + 1 >= self.step_tokens, CUT, 0)))
         self.sampled_tokens += int(own.sum())
+        self.fed_tokens += len(live)
+
+    def compute(self, lane_X: Tensor, uniform_X: Tensor, given_X: Tensor, slot_X: Tensor, position_X: Tensor, mask_B1NS: Tensor) -> Tensor:
+        """The part of a tick that the device does: (token, log-probability, value after it) of each lane, (3, X) in float64."""
+        token_X, logp_X = self.tokenizer.draw(self.model.logits(self.hidden_XD[lane_X]).float(), uniform_X, self.temperature)
+        token_X = torch.where(given_X < 0, token_X, given_X)
+        cache = self.cache.at(lane_X // self.lanes, lane_X % self.lanes, slot_X, self.lanes, mask_B1NS.shape[3])
+        hidden_XD = self.model.hidden(token_X[None], position_X[None], mask_B1NS, cache)[0]
+        self.hidden_XD[lane_X] = hidden_XD
+        return torch.stack([token_X.double(), logp_X.double(), self.model.value(hidden_XD).double()])
 
     def close_tags(self, lanes: np.ndarray) -> list[bool]:
         """Which lanes' XML steps have ended. Where code has, it runs, and what it prints are the lane's next tokens."""
@@ -322,25 +340,13 @@ class Driver:
                 self.given_XC[lane, self.length[lane]:][:len(given)] = given[:self.step_tokens - self.length[lane]]
         return [closed("step", *part) for part in parts]
 
-    def feed(self):
-        """Feed the newest token of every live lane."""
-        lanes = np.flatnonzero(self.live)
-        used = min(self.slots, -(-int(self.next_slot.max()) // 64) * 64)
-        index_X, row, column, slot, token, position, mask_BNS = map(self.to_device, (
-            lanes, lanes // self.lanes, lanes % self.lanes, self.slot[lanes], self.token[lanes], self.position[lanes],
-            self.mask_BNS[:, :, :used]))
-        cache = self.cache.at(row, column, slot, self.lanes, used)
-        self.hidden_XD[index_X] = self.model.hidden(token[None], position[None], mask_BNS[:, None], cache)[0]
-        self.fed_tokens += len(lanes)
-
     def complete(self) -> list[int]:
         """Make nodes of the steps that have ended; rows of which every lane has."""
         ended = np.flatnonzero(self.live & (self.ending > 0))
         self.steps += len(ended)
-        values = self.model.value(self.hidden_XD[self.to_device(ended)]).tolist()
-        for lane, value in zip(ended, values):
+        for lane in ended:
             (row, column), parent, count = divmod(lane, self.lanes), self.parent[lane], int(self.length[lane])
-            node = Node(parent, self.step_XC[lane, :count].tolist(), float(self.logp[lane]), value,
+            node = Node(parent, self.step_XC[lane, :count].tolist(), float(self.logp[lane]), float(self.value[lane]),
                         sampled=(self.given_XC[lane, :count] < 0).tolist(), position=parent.position + count, hidden_D=self.hidden_XD[lane].clone())
             node.text = self.tokenizer.tokenizer.decode(node.tokens)
             node.ending = {LINE: None, EOS: "eos", CUT: "cut"}[self.ending[lane]]

@@ -68,13 +68,13 @@ TINY = dict(train.TINY)
 drawn = [0]  # tokens that all drivers have sampled, steps that were merged later included
 
 
-def count_sampled(self, sample=Driver.sample):
+def count_sampled(self, tick=Driver.tick):
     before = self.sampled_tokens
-    sample(self)
+    tick(self)
     drawn[0] += self.sampled_tokens - before
 
 
-Driver.sample = count_sampled
+Driver.tick = count_sampled
 SEARCHED = ("--simulations", "--no-leaf-value")  # flags that need trees of their own, as further rounds do
 
 

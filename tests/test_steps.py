@@ -183,9 +183,9 @@ def test_search_runs_code(xml_tokenizer, monkeypatch):
         token = []
         for lane in lanes:
             own = sum((node.sampled.count(True) for node in driver.parent[lane].path()), 0)
-            own += int((driver.given_XC[lane, :driver.length[lane]] < 0).sum())
+            own += int((driver.given_XC[lane, :driver.length[lane] - 1] < 0).sum())
             token.append(xml_tokenizer.tokenizer.encode(script[own]).ids[0])
-        return torch.tensor(token).numpy(), torch.full((len(token),), -0.5).numpy()
+        return torch.tensor(token), torch.full((len(token),), -0.5)
     monkeypatch.setattr(xml_tokenizer, "draw", draw)
     config = SearchConfig(simulations=3, expand_width=2, max_step_tokens=128, max_depth=3)
     question = Question("q", "5 * 2?", "10")
