@@ -1,6 +1,7 @@
 """Speed and memory against peers, on the same weights, questions, pairs and token counts.
 
     python bench.py search --model FOLDER --data questions.jsonl --prompt prompts/word_problems.txt     `transformers` generate
+    python bench.py gpu                                                     one GPU against its own limits (experiments/gpu.py)
     python bench.py train --model FOLDER --data questions.jsonl --prompt ... --trees trees.jsonl        TRL's DPOTrainer
 
 The peer of search is the same MCTS (mcts.mcts) whose expansions call `generate` for all live questions in lock-step: each child's
@@ -106,7 +107,7 @@ class Peer:
         from transformers import AutoModelForCausalLM
         self.head = model.value_head
         model.model = None  # its memory is not the peer's
-        self.model = AutoModelForCausalLM.from_pretrained(find_folder(source.model), dtype=torch.float32).to(source.device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(find_folder(source.model), dtype=getattr(torch, source.dtype)).to(source.device).eval()
         self.tokenizer, self.config, self.tables_V4 = tokenizer, config, tokenizer.tables_4V.T.tolist()
         self.model.model.norm.register_forward_hook(self.keep_hidden)
         self.sampled_tokens = self.fed_tokens = self.nodes = 0
@@ -376,8 +377,10 @@ def main():
     command, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("", "-h", "--help"):
         words = ["--help"]
+    elif command == "gpu":
+        sys.exit(subprocess.run([sys.executable, Path(__file__).parent / "experiments" / "gpu.py", *words]).returncode)
     elif command not in ("search", "train"):
-        raise InputError(f"bench.py {command}: there are search and train")
+        raise InputError(f"bench.py {command}: there are search, train and gpu")
     stages = parse_args(__doc__, (SourceConfig, BenchConfig, SearchConfig), words, ("model", "data"))
     _, config, search = stages
     if config.side and config.side not in SIDES:

@@ -4,6 +4,7 @@ A solution is a list of steps; trees (see svpo.py) are written as JSON lines.
 """
 import copy
 import dataclasses
+import fcntl
 import glob
 import json
 import os
@@ -24,7 +25,7 @@ from support.flags import parse_args, run_command  # noqa: F401
 from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
 from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
 from tasks.published import PRESETS, find_folder  # noqa: F401
-from tasks.questions import Question, grader, is_built_in, load_questions, load_splits, read_rows, task_tokenizer  # noqa: F401
+from tasks.questions import TASKS, Question, grader, is_built_in, load_questions, load_splits, read_rows, task_tokenizer  # noqa: F401
 from tasks.steps import chat_template, closed, run_code, split_xml  # noqa: F401
 
 
@@ -106,11 +107,40 @@ def publish(path: Path, write: Callable[[Path], None]):
     aside = path.with_name(path.name + ".partial")
     try:
         write(aside)
-    except SafetensorError as error:
-        raise InputError(f"{path}: cannot be written ({error})")
-    settle(aside)
+        settle(aside)
+    except (SafetensorError, OSError) as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
     os.replace(aside, path)
     settle(path.parent)
+
+
+def append(path: Path, text: str):
+    """Add a line to a file."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            line = memoryview(text.encode())
+            while line:
+                line = line[file.write(line):]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); what stands there is whole, and the same command goes on from it")
+
+
+HELD = {}  # lock files of this process
+
+
+def hold(path: Path):
+    """Keep other processes away from what this one writes, for as long as it lives; only rank 0 asks."""
+    if int(os.environ.get("RANK", 0)) or path.resolve() in HELD:
+        return
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{path.parent}: process {os.read(handle, 20).decode(errors='replace') or '?'} is still writing here; end it first")
+    HELD[path.resolve()] = handle
+    os.truncate(handle, 0)
+    os.write(handle, str(os.getpid()).encode())
 
 
 def write_json(path: Path, value: dict):
@@ -127,6 +157,8 @@ def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **mo
     different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
                  for part, fields in config.items() for name, value in fields.items()
                  if name not in free and stored.get(part, {}).get(name) != value]
+    if stored.get("questions", more.get("questions")) != more.get("questions"):
+        raise InputError(f"{path} is of other questions than there are now; choose another --out")
     if different:
         raise InputError(f"{path} is of another configuration: {', '.join(different)}; choose another --out")
 
@@ -153,7 +185,7 @@ class StepTokenizer:
     """
     def __init__(self, tokenizer: Tokenizer, eos_ids: list[int], template: str = "{question}\n", chat=None, xml=False, tools=False):
         self.tokenizer, self.eos_ids, self.template, self.chat, self.xml, self.tools = tokenizer, eos_ids, template, chat, xml, tools
-        texts = [tokenizer.decode([index], skip_special_tokens=False) for index in range(tokenizer.get_vocab_size())]
+        texts = [tokenizer.decode([index], skip_special_tokens=False) for index in range(1 + max(tokenizer.get_vocab().values()))]
         # of each token: ends the text, may end a step, holds visible text, holds visible text before its line break
         self.tables_4V = torch.tensor([[index in eos_ids, ">" in text, True, True] if xml else
                                        [index in eos_ids, "\n" in text, bool(text.strip()), bool(text.partition("\n")[0].strip())]
@@ -169,15 +201,17 @@ class StepTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise InputError(f"{path}: not a readable tokenizer ({error})")
-        eos_ids, vocabulary = set(), None
+        eos_ids, vocabulary, size = set(), 2**24, 1 + max(tokenizer.get_vocab().values(), default=-1)
         for name in ("config.json", "generation_config.json"):
             if (Path(folder) / name).exists():
                 raw = read_json(Path(folder) / name)
-                ids = raw.get("eos_token_id")
-                eos_ids |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-                vocabulary = raw.get("vocab_size", vocabulary)
-        if vocabulary is not None and tokenizer.get_vocab_size() > vocabulary:
-            raise InputError(f"{path}: {tokenizer.get_vocab_size()} tokens, but the model's vocabulary has {vocabulary}")
+                ids, vocabulary = raw.get("eos_token_id"), raw.get("vocab_size", vocabulary)
+                ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+                if type(vocabulary) is not int or not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+                    raise InputError(f"{Path(folder) / name}: vocab_size and eos_token_id must be a number, and token ids below it")
+                eos_ids |= set(ids)
+        if not 0 < size <= vocabulary:
+            raise InputError(f"{path}: token ids up to {size - 1}, but the model's vocabulary has {vocabulary}")
         return StepTokenizer(tokenizer, sorted(eos_ids), template, **more)
 
     def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
@@ -248,14 +282,10 @@ class StepTokenizer:
 # --------------------------------------------------------------------------------------------- trees
 def write_trees(path: Path, trees, mode: str = "a"):
     """Append trees, one JSON line each, as they come; with mode "w" they replace what is there."""
-    with open(path, mode + "b", buffering=0) as file:
-        for tree in trees:
-            line = memoryview(json.dumps(dataclasses.asdict(tree)).encode() + b"\n")
-            try:
-                while line:
-                    line = line[file.write(line):]
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror}; the trees before are whole, and the same command goes on from them")
+    open(path, mode).close()
+    for tree in trees:
+        append(path, json.dumps(dataclasses.asdict(tree)) + "\n")
+    settle(path)
 
 
 def fault(index: int, node: TreeNode) -> str:
@@ -354,5 +384,7 @@ def load_source(source: SourceConfig, question_seed: int = 0) -> tuple:
     from model import load_model  # here, because model.py reads its files with this module
     questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
     folder, tokenizer = find_source(source)
+    if is_built_in(source.data) and set(tokenizer.eos_ids) & set(tokenizer.encode_prompt(questions[0])):  # what no word covers is end-of-text there
+        raise InputError(f"--data {source.data}: the tokenizer of {folder} does not know its words; the model is of another task")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
     return load_model(folder, device, getattr(torch, source.dtype), source.seed), tokenizer, questions

@@ -120,10 +120,10 @@ def tree_search(root: Node, config: SearchConfig, rng: random.Random):
 @dataclass(frozen=True)
 class Plan:
     """What the driver needs to know of a strategy."""
-    lanes: int  # steps or solutions decoded at once for a question
-    paths: int  # partial solutions extended at once
-    expansions: int  # how often, at most
-    through: int  # steps that a lane runs through by itself
+    lanes: int  # steps or solutions decoded at once for a question, at most
+    paths: int  # partial solutions extended at once, at most
+    expansions: int  # extensions that the cache has room for in any case; later ones may find none, and get None for children
+    through: int  # steps that a lane runs through by itself; 1: the generator chooses after each
     temperature: float
     start: Callable  # (question, root) -> generator
 
@@ -137,7 +137,10 @@ def plan(strategy: str, search: SearchConfig = SearchConfig(), config: AnswerCon
     numbers = [int(number) if number.isdecimal() else 0 for number in text.split(",")] if text else []
     temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
     if name in SEARCHES:
-        return SEARCHES[name](numbers, search, temperature)
+        try:
+            return SEARCHES[name](numbers, search, temperature)
+        except (IndexError, TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(f"--strategy {strategy}: its numbers do not fit ({error})")
     if len(numbers) != {"greedy": 0, "sampled": 0, "beam": 2}.get(name, 1) or min(numbers, default=1) < 1 or name not in (
             "greedy", "sampled", "majority", "best", "beam", "mcts"):
         raise InputError(f"unknown strategy {strategy!r}; there are " + ", ".join(

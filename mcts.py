@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, closed, extract_answer, grader, keep_config, load_source, parse_args, resume_trees, \
+from data import Question, SourceConfig, StepTokenizer, closed, extract_answer, grader, hold, keep_config, load_source, parse_args, resume_trees, \
     run_command, to_tree, write_trees
 from model import Llama, TreeCache
 from support.graphs import Graphed
@@ -297,8 +297,7 @@ class Driver:
         count_B, count = np.bincount(row, minlength=self.rows), self.length[live]
         slot = self.next_slot[row] + np.arange(len(live)) - (count_B.cumsum() - count_B)[row]
         self.next_slot += count_B
-        self.slot[:], self.slot[live] = self.slots, slot
-        self.slot_XC[live, count] = slot
+        self.slot[:], self.slot[live], self.slot_XC[live, count] = self.slots, slot, slot
         self.mask_BNS[row, column, slot] = True
         self.position[live] += 1
         self.length[live] += 1
@@ -387,6 +386,7 @@ def main():
     source, target, search = parse_args(__doc__, (SourceConfig, TreesConfig, SearchConfig), sys.argv[1:], ("model", "data", "out"))
     rank, ranks, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(target.out)
     model, tokenizer, questions = load_source(source, source.seed)
+    hold(out.with_name(out.name + ".lock"))
     path = out if ranks == 1 else out.with_name(f"{out.stem}-{rank}{out.suffix}")
     done = {tree.id for tree in resume_trees(out, rank, ranks)}
     mine = [question for question in questions[rank::ranks] if question.id not in done]

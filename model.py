@@ -285,7 +285,8 @@ def parse_config(raw: dict) -> LlamaConfig:
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind != "default" or rope:
         wanted = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if kind != "llama3" or rope.keys() != wanted or not all(type(value) in (int, float) and value > 0 for value in rope.values()):
+        if kind != "llama3" or rope.keys() != wanted or not all(type(value) in (int, float) and value > 0 for value in rope.values()) \
+                or not rope["low_freq_factor"] < rope["high_freq_factor"]:
             raise InputError(f"rope_scaling of rope_type {kind!r} with {rope} is not supported, only 'llama3' with {sorted(wanted)}")
         raw["rope_scaling"] = {"rope_type": "llama3", **rope}
     window = raw.pop("sliding_window", None)
@@ -309,7 +310,7 @@ def parse_config(raw: dict) -> LlamaConfig:
     config = LlamaConfig(**given)
     for field in fields(config):
         value, whole, most = getattr(config, field.name), field.type is int, 1000 if field.name == "num_hidden_layers" else 2**24
-        if whole and not (type(value) is int and 0 < value < most) or field.type is float and not (type(value) in (int, float) and 0 <= value < 1e12):
+        if whole and not (type(value) is int and 0 < value < most) or field.type is float and not (type(value) in (int, float) and 0 <= value < 1e12 and (value or field.name != "rope_theta")):
             raise InputError(f"{field.name} must be a positive {f'whole number under {most}' if whole else 'number'}, not {value!r}")
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if type(config.tie_word_embeddings) is not bool or not all(value is None or type(value) is int for value in (config.bos_token_id, *ends)):
@@ -372,7 +373,7 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
     for key, shape in wanted.items():
         if tensors[key].shape != shape:
             raise InputError(f"{folder}: {key} has shape {list(tensors[key].shape)}, config.json asks for {list(shape)}")
-        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
+        if not tensors[key].is_floating_point() or not tensors[key].float().isfinite().all():
             raise InputError(f"{folder}: {key} holds {tensors[key].dtype} or numbers that are not finite; float weights are wanted")
     # copied, because the file's own memory is not aligned, and results would differ in the last bit
     state = {key: tensor.to(device=device, dtype=dtype, copy=True) for key, tensor in tensors.items()}

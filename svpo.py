@@ -207,7 +207,11 @@ def sibling_pairs(tree: Tree, pairs: str = "all", min_gap: float = 0.0) -> list[
 
 def path(tree: Tree, index: int) -> list[int]:
     """The nodes of a partial solution, from below the root to `index`."""
-    return path(tree, tree.nodes[index].parent) + [index] if index > 0 else []
+    nodes = []
+    while index > 0:
+        nodes.append(index)
+        index = tree.nodes[index].parent
+    return nodes[::-1]
 
 
 def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:

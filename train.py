@@ -29,8 +29,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data import SourceConfig, StepTokenizer, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
-    read_template, read_trees, resume_trees, run_command, share, solution_tree, task_tokenizer, write_json, write_trees
+from data import SourceConfig, append, hold, publish, StepTokenizer, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
+    read_template, read_trees, resume_trees, run_command, settle, share, solution_tree, TASKS, task_tokenizer, write_json, write_trees
 from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, rescore, score, sibling_accuracy
 from support.plan import print_plan, shape_of
 from support.reports import describe, open_board, print_table, progress
@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None):
     if is_built_in(run.data) and ":" in run.data:
         raise InputError(f"--data {run.data}: training takes all splits of a built-in task: --data {run.data.split(':')[0]}")
     if (run.model == "tiny") != is_built_in(run.data):
-        raise InputError("--model tiny and the built-in tasks go together; real questions need a real --model")
+        raise InputError(f"--model tiny and the built-in tasks ({', '.join(TASKS)}) go together, and --data {run.data} is not one of these; real questions need a real --model"
+                         if run.model == "tiny" else f"--data {run.data} is a built-in task, which only --model tiny can be trained on")
     if run.model == "tiny" and (run.chat or run.steps != "lines"):
         raise InputError("--chat and --steps xml need a real --model: the tiny one learns lines")
     if losses.objective not in OBJECTIVES.keys() - {"sft"}:
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None):
     device, splits = join_ranks(run), load_splits(run)
     job = Job(*stages, device, *check_splits(run, train, search, splits))
     folder = Path(run.out or f"runs/{'-'.join(Path(name).stem for name in run.data.split())}-seed{run.seed}")
-    open_run(folder, stages)
+    open_run(folder, stages, splits)
     previous, rows, first = start_folder(run, job.tokenizer, folder), [], "sft" if train.sft_steps else "start"
     for number in range(run.rounds + 1):
         stage = folder / (f"round{number}" if number else first)
@@ -163,15 +164,19 @@ def check_splits(run: RunConfig, train: TrainConfig, search: SearchConfig, split
     return tokenizer, plain
 
 
-def open_run(folder: Path, stages: tuple):
-    """Make the run folder, or check that it belongs to the same configuration."""
-    if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
+def open_run(folder: Path, stages: tuple, splits: dict):
+    """Make the run folder, or check that it belongs to the same configuration and questions; other processes are kept away."""
+    if folder.exists() and not (folder / "config.json").exists() and any(path.name not in ("lock", "config.json.partial") for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run; choose another --out")
     command = ["git" if shutil.which("git") else "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     once(lambda: None)  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
-    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep", "tensorboard"), write=not int(os.environ.get("RANK", 0)), commit=commit)
+    hold(folder / "lock")
+    text = json.dumps([[question.text, question.answer] for name in ("sft", "valid", "test") for question in splits[name]] + [
+        [question.text, question.answer] for part in splits["search"] for question in part])
+    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep", "tensorboard"), write=not int(os.environ.get("RANK", 0)), commit=commit,
+                questions=zlib.crc32(text.encode()))
 
 
 def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path:
@@ -183,6 +188,7 @@ def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path
             return
         start.mkdir(exist_ok=True)
         tokenizer.tokenizer.save(str(start / "tokenizer.json"))
+        settle(start / "tokenizer.json")
         (start / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n')
         config = LlamaConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), eos_token_id=0, **TINY)
         save_model(Llama(config).init_weights(run.seed), start)
@@ -221,13 +227,19 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         questions = [replace(items[index], id=f"{step} {place}") for place, index in mine]  # a question may come twice
         groups = grow_groups(whole(model, run.dtype), job.plain, questions, job.search, train.group, run.seed + number)
         return [(place, learn(tree, losses)) for (place, _), tree in zip(mine, groups)]
-    optimize(model, steps, lr, lessons_of, losses, train, run.seed + number, stage)
+    with Stop() as stop:  # a request to stop waits for the end of the step, or for the model to be written
+        optimize(model, steps, lr, lessons_of, losses, train, run.seed + number, stage, stop)
+        write_stage(model, previous, stage)
+
+
+def write_stage(model: Llama, previous: Path, stage: Path):
+    """The trained model, whole, with the other files of the folder that it comes from."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def save():
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
             if (previous / name).exists():
-                shutil.copyfile(previous / name, stage / name)
+                publish(stage / name, lambda aside, name=name: shutil.copyfile(previous / name, aside))
         save_model(model, stage, state)  # config.json comes last, so a folder that has it is complete
     once(save)
 
@@ -267,13 +279,14 @@ def whole(model: Llama, dtype: str) -> Llama:
     return copy
 
 
-def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig, train: TrainConfig, seed: int, stage: Path):
+def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig, train: TrainConfig, seed: int, stage: Path,
+             stop: Stop | None = None):
     """AdamW over `steps` steps, from the stage's last checkpoint on. `lessons_of(step)`: this rank's (place, lesson) pairs."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay, fused=True)
     first = load_checkpoint(stage, model, optimizer)
     once(lambda: forget(stage, first))
     board = open_board(stage.parent / "tensorboard") if train.tensorboard and not int(os.environ.get("RANK", 0)) else None
-    with progress(range(first, steps), stage.name, steps, "step", first) as bar, Stop() as stop:
+    with progress(range(first, steps), stage.name, steps, "step", first) as bar:
         for step in bar:
             begin = time.perf_counter()
             figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
@@ -289,10 +302,10 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
             seconds = time.perf_counter() - begin
             figures |= {"pairs": counts["pairs"]} | {f"{name}_s": counts[name] / seconds for name in ("unique_tokens", "pairwise_tokens")}
             line = {"stage": stage.name, "step": step, **{name: float(f"{value:.9g}") for name, value in figures.items()}}
-            with open(stage.parent / "log.jsonl" if not bar.disable else os.devnull, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            stopped = stop.asked()
-            if (stopped or (step + 1) % train.save_every == 0) and step + 1 < steps:
+            if not bar.disable:
+                append(stage.parent / "log.jsonl", json.dumps(line) + "\n")
+            stopped = stop.asked() if stop else 0
+            if stopped or (step + 1) % train.save_every == 0 and step + 1 < steps:
                 save_checkpoint(stage, model, optimizer, step + 1, train.keep)
             if stopped:
                 raise KeyboardInterrupt(stopped)

@@ -32,7 +32,7 @@ PRECISION = {"siblings own": 3, "siblings fixed": 3, "unique tokens, millions": 
 SIZES = {"28 k": 28249, "97 k": 97081, "296 k": 295937, "666 k": 666337}
 NOTES = {
     "objectives": "Unique tokens: of the trees, or groups, learned from; a step that was sampled twice counts once.",
-    "ablation": "Two processes at once, one thread each.", "compute": "Two processes at once, one thread each.",
+    "ablation": "\"Values without search\" samples whole solutions at temperature 1, all others search at 0.7. Two processes at once, one thread each.", "compute": "Two processes at once, one thread each.",
     "transfer": "Two processes at once, one thread each.", "scale": "296 k: from table 1.", "why": ""}
 
 
@@ -58,9 +58,12 @@ def table(rows: list[dict]) -> str:
     name = rows[0]["table"]
     if name == "scale":
         return scale_table(rows)
-    lines = [[label, *(mean([figure(row) for row in rows if row["row"] == label], PRECISION.get(heading, 1)) for heading, figure in COLUMNS[name].items())]
+    base = {row["seed"]: row["figures"] for row in rows if row["row"] == "svpo"}
+    paired = {"greedy - svpo's": "greedy", "SBS(3,5) - svpo's": "beam:3,5"} if base else {}  # all rows of a seed start from the same model and trees
+    lines = [[label, *(mean([figure(row) for row in rows if row["row"] == label], PRECISION.get(heading, 1)) for heading, figure in COLUMNS[name].items()),
+              *(mean([100 * (row["figures"][key] - base[row["seed"]][key]) for row in rows if row["row"] == label and row["seed"] in base], 1) for key in paired.values())]
              for label in dict.fromkeys(row["row"] for row in rows)]
-    return "\n".join(lay_out(["", *COLUMNS[name]], lines) + source(rows, f"python experiments/run.py {name}", name))
+    return "\n".join(lay_out(["", *COLUMNS[name], *paired], lines) + source(rows, f"python experiments/run.py {name}", name))
 
 
 def by_size(rows: list[dict]) -> dict[str, list[dict]]:

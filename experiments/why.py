@@ -48,8 +48,8 @@ def roll_outs(model, tokenizer: StepTokenizer, trees: list, nodes: int, count: i
         prefixes[str(number)] = [token for place in [0, *path(tree, index)] for token in tree.nodes[place].tokens]
 
     def outcomes(question, root):
-        grade = grader(question)
-        return [grade(last) for last in (yield [root] * count)]
+        grade, left = grader(question), SEARCH.max_depth - len(path(*chosen[int(question.id)]))
+        return [grade(last) if last.depth <= left else -1.0 for last in (yield [root] * count)]  # the search calls longer ones wrong, too
     driver = Driver(model, PrefixTokenizer(tokenizer, prefixes), questions, 8, count, SEARCH.search_temperature, SEARCH, 1, seed,
                     through=SEARCH.max_depth, fit=True)
     found = {question.id: statistics.fmean(ends) for question, _, ends in driver.run(outcomes, "roll-outs")}
@@ -68,8 +68,12 @@ def agreement(rows: list[dict], key: str) -> dict | None:
 
 
 def add(line: dict):
-    with open(HERE / "why.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add a line, in the place of one of the same stage, trees, row and seed."""
+    path = HERE / "why.jsonl"
+    rows = [json.loads(old) for old in path.read_text().splitlines()] if path.exists() else []
+    keys = ("stage", "trees", "curves", "seed")
+    rows = [row for row in rows if [row.get(key) for key in keys] != [line.get(key) for key in keys]] + [line]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def curves(folder: Path, width: int = 25) -> dict[str, list]:
@@ -104,7 +108,7 @@ def main():
             rows = roll_outs(model, tokenizer, with_values, 200, 64, config.seed)
             line = {"stage": stage, "trees": name, "seed": config.seed, "commit": commit, "diagnosis": diagnose(grown, judged),
                     "q": agreement(rows, "q"), "v": agreement(rows, "v"),
-                    "by_depth": {depth: agreement([row for row in rows if row["depth"] == depth], "q") for depth in (1, 2, 3)}, "nodes": rows}
+                    "by_depth": {depth: agreement([row for row in rows if row["depth"] == depth], "q") for depth in (1, 2, 3)}, "nodes": [{name: value and round(value, 3) for name, value in row.items()} for row in rows] if config.seed == 0 else []}
             add(line)
             print(f"{stage}, trees of {name}: Q {line['q']}, V {line['v']}")
 

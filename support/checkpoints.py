@@ -1,7 +1,7 @@
 """Checkpoints within a stage, its lines in log.jsonl, and requests to stop: what lets a run be killed at any moment and go on.
 
 A checkpoint is a folder checkpoint-STEP in torch.distributed.checkpoint's format, of any number of ranks. It is written aside, synced and
-renamed, so it is there whole or not at all. Nothing in it is unpickled but the names that such a checkpoint needs.
+renamed, so a kill leaves it whole or not there (a bit that a disk loses later is not noticed). Nothing in it is unpickled but the names that such a checkpoint needs.
 """
 import json
 import os
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from data import once, settle
+from data import once, publish, settle
 from svpo import InputError
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
@@ -46,12 +47,14 @@ class PlainReader(dcp.FileSystemReader):
 
 
 class PlainPlanner(dcp.DefaultLoadPlanner):
-    """The library's planner unpickles whatever is not a tensor."""
+    """The library's planner unpickles whatever is not a tensor; here that may be numbers and plain containers."""
     def load_bytes(self, read_item, value):
         value.seek(0)
-        torch.load(value, weights_only=True)  # refuses what is neither a number nor a plain container
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        try:
+            found = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            raise InputError(f"{read_item.dest_index.fqn} is neither a number nor a plain container")
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], found)
 
 
 def transfer(action, state: dict, folder: Path, remedy: str, **more):
@@ -60,6 +63,10 @@ def transfer(action, state: dict, folder: Path, remedy: str, **more):
         action(state, no_dist=not dist.is_initialized(), **more)
     except CheckpointException as error:
         cause = inner = next(iter(error.failures.values()))[0]
+        if action is dcp.save and not int(os.environ.get("RANK", 0)):
+            shutil.rmtree(folder, ignore_errors=True)  # what was written takes room that the next start needs
+        if isinstance(cause, (KeyboardInterrupt, torch.OutOfMemoryError)):
+            raise cause
         while inner and not isinstance(inner, OSError):  # what the disk said hides behind what the archive writer said
             inner = inner.__context__
         cause = inner or cause
@@ -77,17 +84,17 @@ def save_checkpoint(stage: Path, model, optimizer, step: int, keep: int):
     transfer(dcp.save, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), aside,
              "the checkpoint before it is whole; make room and start again", checkpoint_id=aside)  # its files are synced
 
-    def publish():
+    def reveal():
         settle(aside)
         os.replace(aside, path)
         settle(stage)
         forget_old()
-    once(publish)
+    once(reveal)
 
 
 def find_checkpoints(stage: Path) -> list[int]:
     """Steps after which there is a checkpoint."""
-    return sorted(int(path.name.split("-")[1]) for path in stage.glob("checkpoint-[0-9]*"))
+    return sorted(int(path.name[11:]) for path in stage.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir())
 
 
 def load_checkpoint(stage: Path, model, optimizer) -> int:
@@ -102,17 +109,21 @@ def load_checkpoint(stage: Path, model, optimizer) -> int:
             raise InputError(f"{folder}: its .metadata is damaged ({type(error).__name__}: {error}); {remedy}")
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
         transfer(dcp.load, state, folder, remedy, storage_reader=PlainReader(folder), planner=PlainPlanner())
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        try:
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{folder}: it does not fit this model and optimizer ({type(error).__name__}); {remedy}")
     return step
 
 
 def forget(stage: Path, step: int):
-    """Drop the stage's lines from log.jsonl from `step` on: they are written again."""
+    """Drop what an interrupted write left, and the stage's lines from log.jsonl from `step` on: they are written again."""
+    shutil.rmtree(stage / "checkpoint.partial", ignore_errors=True)
     path = stage.parent / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    path.with_name("log.partial").write_text("".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step))
-    os.replace(path.with_name("log.partial"), path)
+    text = "".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step)
+    publish(path, lambda aside: aside.write_text(text))
 
 
 class Stop:
@@ -132,6 +143,8 @@ class Stop:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.number and kind is None:  # it came after the last step
+            raise KeyboardInterrupt(self.number)

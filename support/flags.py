@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import signal
 import sys
+import unicodedata
 from dataclasses import field
 
 import torch
@@ -11,6 +12,11 @@ import torch.distributed as dist
 
 class InputError(ValueError):
     """Bad input from the user: the commands print it as one line and end with status 2."""
+
+
+def visible(text: str) -> str:
+    """A text for the terminal: what would steer it, control characters and marks of direction, is shown as its number."""
+    return "".join(letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs") else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def flag(default, help: str, built_in=None, least=None, choices=None, many=False):
@@ -65,7 +71,7 @@ def run_command(main):
     try:
         main()
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {visible((str(error).splitlines() or [type(error).__name__])[0])}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not dist.is_initialized() or "peer" not in str(error):

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from data import StepTokenizer, read_json
+from data import StepTokenizer, publish, read_json
 from svpo import InputError, Tree, sibling_pairs
 
 LARGEST = 180_000  # bytes of trees on a page
@@ -20,9 +20,12 @@ def find_tokenizer(trees: Path, model: str) -> StepTokenizer:
 
 
 def preferred(tree: Tree) -> list[int]:
-    """The nodes that a beam of one takes in the tree as it is: from each the child with the highest V."""
-    places, node = [], 0
-    while children := [index for index, other in enumerate(tree.nodes) if other.parent == node]:
+    """The nodes that a beam of one takes in the tree as it is: from each the child with the highest V, of those that can still answer (eval.beam_search)."""
+    places, node, children_of = [], 0, {}
+    for index, other in enumerate(tree.nodes):
+        if other.ending in (None, "answer"):
+            children_of.setdefault(other.parent, []).append(index)
+    while children := children_of.get(node):
         node = max(children, key=lambda index: tree.nodes[index].value)
         places.append(node)
     return places
@@ -53,5 +56,5 @@ def write_page(trees: list[Tree], tokenizer: StepTokenizer, out: Path, min_gap: 
     count = f"{len(rows)} questions" if len(rows) == len(trees) else f"the first {len(rows)} of {len(trees)} questions"
     page = (Path(__file__).parent / "tree_page.html").read_text(encoding="utf-8")
     before, _, after = page.replace("DATA_COUNT", json.dumps(count)).partition(">DATA<")
-    out.write_text(f"{before}>[{','.join(rows)}]<{after}", encoding="utf-8")
+    publish(out, lambda aside: aside.write_text(f"{before}>[{','.join(rows)}]<{after}", encoding="utf-8"))
     return len(rows)

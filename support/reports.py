@@ -2,12 +2,12 @@
 import os
 import random
 import sys
-import unicodedata
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import StepTokenizer
+from support.flags import visible
 from svpo import Tree, path, sibling_pairs
 
 
@@ -44,11 +44,6 @@ def open_board(folder: Path):
     """TensorBoard's writer."""
     from torch.utils.tensorboard import SummaryWriter  # takes the optional package
     return SummaryWriter(str(folder))
-
-
-def visible(text: str) -> str:
-    """A text for the terminal: what would steer it, control characters and marks of direction, is shown as its number."""
-    return "".join(letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf") else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def describe(trees: list[Tree], tokenizer: StepTokenizer):
@@ -102,7 +97,7 @@ def print_audit(answers: list[dict], count: int):
             if (found := [answer["correct"] for answer in row["answers"] if answer["graded_by"] == stage])))
         for answer in random.Random(0).sample(row["answers"], min(count, len(row["answers"]))):
             verdict = "right" if answer["correct"] else "wrong" if answer["answer"] is not None else "no answer found"
-            print(f"--- {answer['id']}: {verdict} by {answer['graded_by']}; stated {answer['answer']!r}, right is {answer['reference']!r}\n"
+            print(f"--- {visible(answer['id'])}: {verdict} by {answer['graded_by']}; stated {answer['answer']!r}, right is {answer['reference']!r}\n"
                   f"{visible(answer['text'].strip()[-400:])}")
 
 

@@ -38,11 +38,14 @@ def careless(rules: list[str], concept: str, goal: str, rng: random.Random) -> s
 
 
 def sound(text: str, solution: str) -> list[bool]:
-    """Of each line of a solution: whether it applies a rule of the question to what the lines before it, all of them sound, have shown."""
-    *rules, fact, _ = text.replace(":", "").split(" ")
+    """Of each line of a solution: whether it applies a rule of the question to what the lines before it, all of them sound, have shown; and whether
+    an answer that it states is what it shows of the query."""
+    *rules, fact, query = text.replace(":", "").replace("?", "").split(" ")
     concept, judged = fact, []
     for line in solution.strip().split("\n"):
-        rule = line.partition(" #### ")[0].strip()
-        judged.append(all(judged) and rule in rules and rule.startswith(concept))
-        concept = rule.partition(">")[2]
+        rule, stated, answer = (part.strip() for part in line.partition(" #### "))
+        shown = rule.partition(">")[2]
+        fits = not stated or shown.strip("~") == query and answer == ("no" if "~" in shown else "yes")
+        judged.append(all(judged) and rule in rules and rule.startswith(concept) and fits)
+        concept = shown
     return judged

@@ -48,24 +48,33 @@ def generate(name: str, split: str, count: int, seed: int) -> list[Question]:
     """`count` different questions of a split of a built-in task, drawn with `seed`; worked solutions in split sft only."""
     if split not in SPLITS:
         raise InputError(f"{name}:{split}: the splits of the built-in task are {', '.join(SPLITS)}")
+    covered = one_of(TASKS[name].words)
     rng, seen, questions, vain = random.Random(f"{split} {seed}"), set(), [], 0
     while len(questions) < count:
         text, answer, work = TASKS[name].draw(rng)
+        if not all(isinstance(part, str) for part in (text, answer)):
+            raise InputError(f"task {name}: draw must return a question and an answer of type str, not {type(text).__name__} and {type(answer).__name__}")
         vain += 1
         if vain > 200_000:
             raise InputError(f"{count} questions of split {split!r} are wanted, but the built-in task {name} has only {len(questions)}")
         if text not in seen and split_of(text) == split:
             solution, vain = work(), 0
+            if left := re.sub(covered, "", f"{text}\n{solution} #### {answer}"):
+                raise InputError(f"task {name}: none of its words covers {left[0]!r}, as in {text!r}")
             seen.add(text)
             questions.append(Question(f"{split}-{seed}-{len(questions)}", text, answer, solution if split == "sft" else None))
     return questions
 
 
+def one_of(words: list[str]) -> str:
+    """A pattern of any of the words, the longest first."""
+    return "|".join(re.sub(r"([^\w\s<>~=:-])", r"\\\1", word) for word in sorted(words, key=len, reverse=True))
+
+
 def word_tokenizer(words: list[str]) -> Tokenizer:
     """Each word is one token; <eos> is token 0, and what no word covers becomes it."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["<eos>", *words])}, unk_token="<eos>"))
-    longest_first = sorted(words, key=len, reverse=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(re.sub(r"([^\w\s<>~=:-])", r"\\\1", word) for word in longest_first)), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(one_of(words)), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<eos>"])
     return tokenizer

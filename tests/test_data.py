@@ -208,4 +208,5 @@ def test_deduction_questions():
     assert 0.6 < sum(right) / 500 < 0.75 and 0.3 < sum(wholly) / 500 < 0.42
     assert sound("a>b b>~c d>b a: c?", "a>b\nb>~c #### no") == [True, True]
     assert sound("a>b b>~c d>b a: c?", "a>b\nd>b\nb>~c #### no") == [True, False, False]
+    assert sound("a>b b>~c d>b a: c?", "a>b #### no") == [False] and sound("a>b b>~c d>b a: c?", "a>b\nb>~c #### yes") == [True, False]
     assert not {question.text for question in generate("deduction", "test", 300, 0)} & {question.text for question in generate("deduction", "search", 300, 0)}

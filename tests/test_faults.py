@@ -65,6 +65,50 @@ def test_a_request_to_stop_keeps_the_last_step(tmp_path, number, ranks):
     assert steps == [len(logged)] and steps[0] >= 8  # every step that was logged is kept
 
 
+def test_requests_at_the_end_of_a_stage(tmp_path):
+    """Catches a request that comes with a stage's last step, or while its model is written, and is forgotten, or costs what the last checkpoint has not."""
+    import contextlib
+    from support.checkpoints import Stop
+    with pytest.raises(KeyboardInterrupt) as end:
+        with Stop():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.args == (signal.SIGTERM,)
+    with contextlib.suppress(ZeroDivisionError), Stop():  # what went wrong counts more
+        os.kill(os.getpid(), signal.SIGTERM)
+        1 / 0
+    (tmp_path / "last.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+append = train.append
+def last(path, text):
+    append(path, text)
+    if '"step": 29,' in text:
+        os.kill(os.getpid(), signal.SIGTERM)
+train.append = last
+sys.argv[0] = "train.py"
+train.run_command(train.main)
+""")
+    done = subprocess.run([sys.executable, "last.py", *LONG, "--sft-steps", "30", "--save-every", "1000"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 143 and find_checkpoints(tmp_path / "out" / "sft") == [30], done.stderr
+    process = start(tmp_path, "--sft-steps", "30", "--save-every", "1000")
+    await_lines(tmp_path, process, 31)  # goes on with the round
+    process.kill()
+    process.communicate()
+    assert [line["step"] for line in log(tmp_path, "sft")] == list(range(30))
+
+
+def test_one_process_writes_to_a_run(tmp_path):
+    """Catches a second run of the same command, or ranks that outlive their torchrun, that train the same steps twice."""
+    process = start(tmp_path)
+    await_lines(tmp_path, process, 3)
+    other = start(tmp_path)
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode == 2 and f"process {process.pid} is still writing here" in errors
+    process.kill()
+    process.communicate()
+
+
 def test_a_lost_rank_ends_the_other(tmp_path):
     """Catches a run that hangs, or says nothing but a traceback, when one of its ranks has died."""
     process = start(tmp_path, ranks=2)
@@ -122,7 +166,7 @@ def test_a_disk_that_fills_up(tmp_path):
     """Catches what a limit on one file does not show: no room for anything more, not even for a name. Checkpoints that were whole stay so."""
     (tmp_path / "small").mkdir()
     script = (f"mount -t tmpfs -o size=14m tmpfs small && cd small && ({' '.join([sys.executable, str(ROOT / 'train.py'), *LONG, '--keep', '9'])}; "
-              "echo status $?; rm -rf out/sft/checkpoint.partial; ls out/sft; "
+              "echo status $?; ls out/sft; "
               f"{' '.join([sys.executable, str(ROOT / 'train.py'), *LONG, '--keep', '1'])}; echo status $?)")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     first, _, second = done.stdout.partition("status 2")
@@ -150,20 +194,38 @@ class Hostile:
         return os.mkdir, ("owned",)
 
 
+def hostile_shards(folder, checkpoint) -> bytes:
+    """The same checkpoint with a stranger's code in the place of a learning rate; .metadata is exchanged for one that fits."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    model = load_model(folder / "out" / "start")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    sum(head.sum() for head in model(torch.zeros(1, 2, dtype=torch.long))).backward()
+    optimizer.step()
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    for group in state["optimizer"]["param_groups"]:
+        group["lr"] = Hostile()
+    dcp.save(state, checkpoint_id=folder / "hostile", no_dist=True)
+    (checkpoint / ".metadata").write_bytes((folder / "hostile" / ".metadata").read_bytes())
+    return (folder / "hostile" / "__0_0.distcp").read_bytes()
+
+
 def test_damaged_checkpoints_are_refused(tmp_path, stopped):
     """Catches checkpoints that run a stranger's code when they are loaded, and damaged ones that end in a traceback or are taken as they are."""
     metadata, shards = stopped / ".metadata", stopped / "__0_0.distcp"
     whole = {path: path.read_bytes() for path in (metadata, shards)}
     for path, content, message in ((metadata, pickle.dumps(Hostile()), "mkdir"), (metadata, whole[metadata][:200], ".metadata"), (metadata, b"", "Ran out"),
-                                   (shards, whole[shards][:5000], "remove it"), (shards, None, "No such file")):
-        path.write_bytes(content) if content is not None else path.unlink()
+                                   (shards, whole[shards][:5000], "remove it"), (shards, None, "No such file"), (shards, hostile_shards, "neither a number nor a plain container")):
+        path.write_bytes(content(tmp_path, stopped) if callable(content) else content) if content is not None else path.unlink()
         process = start(tmp_path)
         _, errors = process.communicate(timeout=60)
         last = errors.splitlines()[-1]
-        assert process.returncode == 2 and last.startswith("error: ") and stopped.name in last and "Traceback" not in errors, (message, errors[-3000:])
+        assert process.returncode == 2 and last.startswith("error: ") and stopped.name in last and message in last and "Traceback" not in errors, (message, errors[-3000:])
+        assert "remove it, and training goes on" in last
         path.write_bytes(whole[path])
+        metadata.write_bytes(whole[metadata])
         assert not (tmp_path / "owned").exists()
-    shutil.rmtree(stopped)  # what the message says helps
+    stopped.rename(stopped.with_name(stopped.name + "-damaged"))  # what the message says helps, also to those who keep things
     process = start(tmp_path)
     await_lines(tmp_path, process, 6)
     process.kill()
@@ -178,6 +240,13 @@ def headed(header: dict, body: bytes) -> bytes:
 def rewrite(folder, change):
     """model.safetensors with other tensors."""
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+
+def renumber(folder):
+    """A tokenizer.json with one id far beyond the others."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["="] = 99999
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
 NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
@@ -200,6 +269,11 @@ NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
     (lambda folder: edit(folder, vocab_size=10**12), "vocab_size"),
     (lambda folder: edit(folder, hidden_size=2**23, intermediate_size=2**23), "has shape"),
     (lambda folder: edit(folder, head_dim=7), "even width"),
+    (lambda folder: edit(folder, vocab_size="19"), "vocab_size"), (lambda folder: edit(folder, eos_token_id=[[0]]), "eos_token_id"),
+    (lambda folder: edit(folder, eos_token_id=99999), "eos_token_id"), (lambda folder: edit(folder, rope_theta=0), "rope_theta"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}'), "eos_token_id"),
+    (lambda folder: renumber(folder), "99999"),
+    (lambda folder: rewrite(folder, lambda state: {**state, "\x1b]0;owned\x07": state[NORM].clone()}), "unexpected tensor \\x1b]0;owned\\x07"),
     (lambda folder: edit(folder, rms_norm_eps="small"), "rms_norm_eps"),
     (lambda folder: edit(folder, max_position_embeddings=3), "context"),
     (lambda folder: (folder / "tokenizer.json").write_bytes(os.urandom(5000)), "tokenizer.json"),

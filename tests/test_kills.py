@@ -55,6 +55,15 @@ def test_killed_anywhere(tmp_path):
     (tmp_path / "once").mkdir()
     train(tmp_path / "once")
     (tmp_path / "dying.py").write_text(DYING)
+    (tmp_path / "young").mkdir()
+    for number in range(1, 13 if LONG else 5):  # at each write of a first start
+        words = [sys.executable, str(tmp_path / "dying.py"), "other", str(number), "0", str(ROOT / "train.py"), *WORDS]
+        done = subprocess.run(words, cwd=tmp_path / "young", capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        if LONG or number in (2, 4):  # the same command goes on
+            train(tmp_path / "young")
+            same(weights(tmp_path / "young", "round1"), weights(tmp_path / "once", "round1"), 0)
+        shutil.rmtree(tmp_path / "young" / "out", ignore_errors=True)
     while kills < KILLS:
         folder = tmp_path / f"run{runs}"
         folder.mkdir()

@@ -31,7 +31,8 @@ def forest() -> tuple[list[Tree], Words]:
     texts = ["1+1\n", *HOSTILE]
     nodes = [TreeNode(-1, [0], [False], visit_count=9)]
     nodes += [TreeNode(0, [index], [True], -1.0, 0.5, 4, 0.8 if index % 2 else -0.8, 0.1 * index, None, None) for index in range(1, len(texts))]
-    nodes += [TreeNode(1, [1], [True], -1.0, 0.5, 1, 1.0, 0.9, 1.0, "answer"), TreeNode(2, [2], [True], -1.0, 0.5, 1, -1.0, -0.9, -1.0, "answer")]
+    nodes += [TreeNode(1, [1], [True], -1.0, 0.5, 1, 1.0, 0.9, 1.0, "answer"), TreeNode(2, [2], [True], -1.0, 0.5, 1, -1.0, -0.9, -1.0, "answer"),
+              TreeNode(0, [3], [True], -1.0, 0.5, 1, -1.0, 0.95, -1.0, "cut")]
     return [Tree("a", HOSTILE[0], HOSTILE[1], nodes, 9), Tree("b", "plain", "2", nodes[:1] + nodes[2:3])], Words(texts)
 
 
@@ -42,7 +43,7 @@ def test_what_is_on_the_page(tmp_path):
     page = (tmp_path / "page.html").read_text()
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert data[0]["nodes"][1] == [0, HOSTILE[0], 4, 0.8, 0.1, 0.5, None, None] and data[0]["solved"] and not data[1]["solved"]
-    assert data[0]["pairs"] == [[1, 2]] and data[0]["path"] == [6] and data[1]["path"] == [1]
+    assert data[0]["pairs"] == [[1, 2], [1, 9]] and data[0]["path"] == [6] and data[1]["path"] == [1]
     assert page.count("</script>") == 2 and "http" not in page.replace("http://www.w3.org/2000/svg", "")  # no network
     shown = write_page(trees * 1000, words, tmp_path / "large.html")
     assert 50 < shown < 2000 and (tmp_path / "large.html").stat().st_size < 200_000 and f"the first {shown} of 2000" in (tmp_path / "large.html").read_text()
