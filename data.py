@@ -157,10 +157,10 @@ def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **mo
     different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
                  for part, fields in config.items() for name, value in fields.items()
                  if name not in free and stored.get(part, {}).get(name) != value]
-    if stored.get("questions", more.get("questions")) != more.get("questions"):
-        raise InputError(f"{path} is of other questions than there are now; choose another --out")
     if different:
         raise InputError(f"{path} is of another configuration: {', '.join(different)}; choose another --out")
+    if stored.get("questions", more.get("questions")) != more.get("questions"):
+        raise InputError(f"{path} is of other questions than there are now; choose another --out")
 
 
 def read_template(path: str) -> str:
