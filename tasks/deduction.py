@@ -1,6 +1,6 @@
 """The second built-in task: chains of deduction, in the manner of ProntoQA (arXiv 2210.01240).
 
-A question has seven rules in any order, a fact and a query: `b>c a>~d ... a: d?`, "whatever is b is c; a is not d; given a, is it d?".
+A question has five rules in any order, a fact and a query: `b>c a>~d ... a: d?`, "whatever is b is c; a is not d; given a, is it d?".
 A solution applies one rule a line (`a>b`, then `b>c`), until one speaks of the query: `#### yes` or `#### no`. The goal stands in two rules, with
 either sign: one can be reached from the fact, the other cannot. The teacher who wrote the worked solutions takes the rule that begins with the
 present concept, or leaps: to one of the two rules about the goal, though nothing has shown what it begins with. Half of the leaps hit the right
@@ -9,7 +9,7 @@ answer, so outcomes are noisy labels of steps. Whether a step follows is seen in
 import random
 from typing import Callable
 
-CONCEPTS = "abcdefgh"
+CONCEPTS = "abcdef"
 LEAPS = 0.35  # how often the teacher leaps
 RULES = [f"{left}>{sign}{right}" for left in CONCEPTS for sign in ("", "~") for right in CONCEPTS if left != right]
 WORDS = ["\n", " ", ":", "?", " #### ", "yes", "no", *CONCEPTS, *RULES]  # a rule is one token: a model of this size learns to look up a token that
@@ -18,10 +18,10 @@ WORDS = ["\n", " ", ":", "?", " #### ", "yes", "no", *CONCEPTS, *RULES]  # a rul
 
 def draw(rng: random.Random) -> tuple[str, str, Callable[[], str]]:
     """A question, its answer, and what writes a careless solution."""
-    fact, one, two, goal, other, false, *ends = rng.sample(CONCEPTS, 8)
+    fact, one, two, goal, other, false = rng.sample(CONCEPTS, 6)
     holds = rng.random() < 0.5
     rules = [f"{fact}>{one}", f"{one}>{two}", f"{two}>{'' if holds else '~'}{goal}"]
-    rules += [f"{ends[0]}>{ends[1]}", f"{ends[1]}>{other}", f"{other}>{false}", f"{false}>{'~' if holds else ''}{goal}"]  # never reached
+    rules += [f"{other}>{false}", f"{false}>{'~' if holds else ''}{goal}"]  # never reached
     rng.shuffle(rules)
     return f"{' '.join(rules)} {fact}: {goal}?", "yes" if holds else "no", lambda: careless(rules, fact, goal, rng)
 
