@@ -32,7 +32,7 @@ PRECISION = {"siblings own": 3, "siblings fixed": 3, "unique tokens, millions": 
 SIZES = {"28 k": 28249, "97 k": 97081, "296 k": 295937, "666 k": 666337}
 NOTES = {
     "objectives": "Unique tokens: of the trees, or groups, learned from; a step that was sampled twice counts once.",
-    "ablation": "\"Values without search\" samples whole solutions at temperature 1, all others search at 0.7. Two processes at once, one thread each.", "compute": "Two processes at once, one thread each.",
+    "ablation": "\"Values without search\" samples whole solutions at temperature 1, all others search at 0.7. Seconds are rough: two or three processes ran at once, one thread each.", "compute": "Two processes at once, one thread each.",
     "transfer": "Two processes at once, one thread each.", "scale": "296 k: from table 1.", "why": ""}
 
 
