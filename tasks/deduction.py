@@ -10,7 +10,7 @@ import random
 from typing import Callable
 
 CONCEPTS = "abcdef"
-LEAPS = 0.35  # how often the teacher leaps
+LEAPS = 0.7  # how often the teacher leaps: more often to each of two rules than he goes on, so that his likeliest step is a leap
 RULES = [f"{left}>{sign}{right}" for left in CONCEPTS for sign in ("", "~") for right in CONCEPTS if left != right]
 WORDS = ["\n", " ", ":", "?", " #### ", "yes", "no", *CONCEPTS, *RULES]  # a rule is one token: a model of this size learns to look up a token that
 #                                                                  begins with a concept, but not one that stands after another one
