@@ -18,10 +18,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import torch  # noqa: E402
+
 import train  # noqa: E402
-from data import load_splits, parse_args, read_trees, run_command, write_trees  # noqa: E402
+from data import load_splits, parse_args, read_trees, run_command, task_tokenizer, write_trees  # noqa: E402
 from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, rescore, sibling_accuracy  # noqa: E402
 from mcts import Driver, SearchConfig, search_trees  # noqa: E402
+from model import Llama, LlamaConfig  # noqa: E402
 from svpo import LossConfig, Tree, path, sibling_pairs  # noqa: E402
 from tasks.deduction import sound  # noqa: E402
 from train import Job, RunConfig, TrainConfig, train_stage  # noqa: E402
@@ -53,13 +56,13 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
         "ten times the learning rate": ["--tune-lr", "5e-3"],
     },
     "scale": {f"{size}, {name}": ["--size", size, *flags] if flags is not None else ["--size", size, "--rounds", "0", "--sft-steps", "0"]
-              for size in ("28 k", "97 k", "666 k") for name, flags in (("sft", None), ("svpo", []))},  # 296 k stands in "objectives"
+              for size in ("28 k", "97 k", "666 k") for name, flags in (("sft", None), ("svpo", []))},  # 297 k stands in "objectives"
     "compute": {f"{name}, {passes} pass{'es'[:2 * (passes > 1)]}": ["--objective", name, "--tune-epochs", str(passes)]
                 for name, passes in (("grpo", 1), ("grpo", 2), ("rft", 2), ("rft", 4), ("svpo", 2), ("svpo", 4))},
 }
 TABLES["transfer"] = {"sft": None, **{name: ["--objective", name] for name in ("rft", "alphamath", "svpo")}}
 COMMON = {"transfer": ["--data", "deduction", "--sft-questions", "30000", "--sft-batch", "128", "--sft-steps", "1000"]}  # table -> flags of all its rows
-SIZES = {  # name -> what differs from train.TINY (296 k parameters)
+SIZES = {  # name -> what differs from train.TINY (297 k parameters)
     "28 k": dict(hidden_size=24, intermediate_size=72, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=12),
     "97 k": dict(hidden_size=40, intermediate_size=120, num_hidden_layers=5, head_dim=10),
     "666 k": dict(hidden_size=96, intermediate_size=288, num_attention_heads=6, num_key_value_heads=3),
@@ -78,7 +81,7 @@ Driver.tick = count_sampled
 SEARCHED = ("--simulations", "--no-leaf-value")  # flags that need trees of their own, as further rounds do
 
 
-def configure(seed: int, folder: Path, flags: list[str], tokenizer=None, splits=None):
+def configure(seed: int, folder: Path, flags: list[str]):
     """The job of a cell with one round where the flags do not say otherwise; its splits."""
     words = ["--seed", str(seed), "--out", str(folder), *([] if "--rounds" in flags else ["--rounds", "1"]), *flags]
     stages = parse_args("", (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), words)
@@ -104,6 +107,13 @@ def start(seed: int, out: Path, kind: str = "", common: list[str] = []) -> tuple
         write_trees(folder / "trees.jsonl", trees, "w")
         note.write_text(json.dumps({"seconds": time.perf_counter() - begin, "unique_tokens": unique_tokens(trees), "sampled_tokens": drawn[0]}))
     return folder, json.loads(note.read_text())
+
+
+def count_parameters(size: str) -> int:
+    """Of the model that a row's size names; the tiny one where it names none of SIZES."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(task_tokenizer("arithmetic").get_vocab_size(), **(TINY | SIZES.get(size, {}))))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def judge_steps(trees: list[Tree], tokenizer) -> dict:
@@ -165,7 +175,7 @@ def measure(seed: int, flags: list[str] | None, folder: Path, base: Path, taken:
     extra = {}
     if common:
         texts = {question.id: question.text for question in splits["test"]}
-        proofs = [(answer["correct"], all(sound(texts[answer["id"]], answer["text"].replace("<eos>", "")))) for answer in answers[0]["answers"]]
+        proofs = [(answer["correct"], all(sound(texts[answer["id"]], answer["text"]))) for answer in answers[0]["answers"]]
         extra = {"sound": statistics.fmean(fine for _, fine in proofs), "right_with_wrong_steps": statistics.fmean(not fine for right, fine in proofs if right),
                  "search": judge_steps(read_trees(base / "trees.jsonl"), job.tokenizer)}
     return {**extra, "figures": {row["strategy"]: row["accuracy"] for row in answers}, "questions": len(splits["test"]),
