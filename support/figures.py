@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 from data import read_json, read_trees
+from support.reports import plot_budget
 from svpo import InputError
 
 
@@ -40,13 +41,10 @@ def draw_run(folder: Path, judge) -> Path:
     calibration.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     calibration.set(xlabel="(V + 1) / 2", ylabel="share of correct ends", title="calibration of V on validation trees")
     curves = sorted(folder.glob("**/curve.json"))
-    for kind in dict.fromkeys(row["strategy"].partition(":")[0] for path in curves[:1] for row in read_json(path)["answers"]):
-        found = sorted((row for row in read_json(curves[0])["answers"] if row["strategy"].partition(":")[0] == kind), key=lambda row: row["sampled_tokens"])
-        budget.errorbar([row["sampled_tokens"] for row in found], [100 * row["accuracy"] for row in found], [100 * row["standard_error"] for row in found], marker="o", capsize=2, label=kind)
-    budget.set(xlabel="sampled tokens a question", ylabel="accuracy in %", title=str(curves[0].relative_to(folder)) if curves else "no curve.json here (eval.py --budget --json)")
     if curves:
-        budget.set_xscale("log")
-    for axes in (accuracy, log, calibration, *([budget] if curves else [])):
+        plot_budget(budget, read_json(curves[0])["answers"])
+    budget.set_title(str(curves[0].relative_to(folder)) if curves else "no curve.json here (eval.py --budget --json)")
+    for axes in (accuracy, log, calibration):
         axes.legend()
     chart.tight_layout()
     chart.savefig(folder / "figures.png", dpi=110)

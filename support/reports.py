@@ -121,11 +121,17 @@ def draw_budget(answers: list[dict], file: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    plot_budget(axes, answers)
+    axes.set(title=f"{answers[0]['questions']} questions")
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def plot_budget(axes, answers: list[dict]):
+    """The curve of `draw_budget`."""
     for kind in dict.fromkeys(row["strategy"].partition(":")[0] for row in answers):
         rows = sorted((row for row in answers if row["strategy"].partition(":")[0] == kind), key=lambda row: row["sampled_tokens"])
         axes.errorbar([row["sampled_tokens"] for row in rows], [100 * row["accuracy"] for row in rows],
                       [100 * row["standard_error"] for row in rows], marker="o", capsize=2, label=kind)
-    axes.set(xscale="log", xlabel="sampled tokens a question", ylabel="accuracy in %", title=f"{answers[0]['questions']} questions")
+    axes.set(xscale="log", xlabel="sampled tokens a question", ylabel="accuracy in %")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(file)

@@ -53,6 +53,21 @@ def test_a_run_leaves_the_promised_folder(run):
     assert all(word in table for word in ("greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "siblings own", "siblings fixed", "sft", "round1", "round2"))
 
 
+def test_the_run_is_drawn(run):
+    """Catches figures that only a finished run of all stages has, and a curve of equal budget that is left out."""
+    pytest.importorskip("matplotlib")
+    folder, _ = run
+    base = folder / "runs" / "arithmetic-seed0"
+    row = json.loads((base / "round1" / "eval.json").read_text())
+    for curve in ({}, {"answers": row["answers"]}):
+        if curve:
+            (base / "curve.json").write_text(json.dumps(curve))
+        done = command(ROOT / "eval.py", "--figures", "runs/arithmetic-seed0", cwd=folder)
+        assert done.returncode == 0 and "figures.png" in done.stdout and (base / "figures.png").stat().st_size > 20_000, done.stderr
+        (base / "figures.png").unlink()
+    (base / "curve.json").unlink()
+
+
 def test_no_test_question_is_searched_or_trained_on(run):
     """Catches leaks between the splits, read off what a run really wrote."""
     folder, _ = run
