@@ -195,7 +195,7 @@ def print_training(device: str, dtype: str, rate: float, tiny: bool) -> list[dic
     cases = [("tiny", SHAPES["tiny"], 2)]
     if not tiny:
         seven = SHAPES["7B"]
-        layer = 4 * seven.hidden_size * (4 * seven.hidden_size + 3 * seven.intermediate_size) // 4
+        layer = seven.hidden_size * (4 * seven.hidden_size + 3 * seven.intermediate_size)
         room = torch.cuda.mem_get_info()[0] - 30e9 - 16 * 2 * seven.vocab_size * seven.hidden_size  # activations, logits, embeddings
         layers = max(1, min(32, int(room / (18 * layer))))
         cases = [(f"7B, {layers} layers", LlamaConfig(**{**vars(seven), "num_hidden_layers": layers}), 12), ("1B", SHAPES["1B"], 12)]

@@ -27,9 +27,10 @@ from model import load_model  # noqa: E402
 
 LARGEST = 50_000_000  # bytes of a part
 STRATEGIES = ("greedy", "majority:5", "beam:1,5", "beam:3,5")
-TRAIN = ["--data", "gsm8k:train", "--test-data", "gsm8k:test", "--prompt", str(ROOT / "prompts" / "plain.txt"), "--test-limit", "100", "--sft-steps", "700", "--sft-batch", "32",
-         "--sft-lr", "1e-4", "--rounds", "1", "--simulations", "16", "--expand-width", "4", "--max-depth", "8", "--max-step-tokens", "64", "--search-rows", "256",
-         "--cache-tokens", "1500000", "--tune-batch", "32", "--tune-lr", "2e-5", "--save-every", "50", "--pack-tokens", "16384", "--answer-lanes", "1024"]
+ANSWER = ["--prompt", str(ROOT / "prompts" / "plain.txt"), "--max-depth", "8", "--max-step-tokens", "64", "--answer-lanes", "1024"]
+TRAIN = ["--data", "gsm8k:train", "--test-data", "gsm8k:test", "--test-limit", "100", "--sft-steps", "700", "--sft-batch", "32", "--sft-lr", "1e-4", "--rounds", "1",
+         "--simulations", "16", "--expand-width", "4", "--search-rows", "256", "--cache-tokens", "1500000", "--tune-batch", "32", "--tune-lr", "2e-5", "--save-every", "50",
+         "--pack-tokens", "16384", *ANSWER]
 TINY = ["--limit", "6", "--sft-steps", "3", "--sft-batch", "2", "--simulations", "2", "--max-step-tokens", "12", "--max-depth", "2", "--search-rows", "2", "--cache-tokens", "8000",
         "--tune-batch", "2", "--test-limit", "2", "--answer-lanes", "8"]
 
@@ -101,13 +102,12 @@ def run(config):
     smaller = TINY if config.tiny else []
     if not within([ROOT / "train.py", "--model", out / "model", *TRAIN, *smaller, *where, "--seed", config.seed, "--out", out / f"seed{config.seed}"], end):
         return print("not done: call again")
-    search = TRAIN[TRAIN.index("--max-depth"):TRAIN.index("--search-rows")] + ["--prompt", str(ROOT / "prompts" / "plain.txt"), "--answer-lanes", "1024"]
     for stage in ("sft", "round1"):
         for strategy in STRATEGIES:
             path = out / f"seed{config.seed}" / f"{stage}-{strategy.replace(':', '-').replace(',', '-')}.json"
             if not path.exists():
                 aside = path.with_suffix(".unfinished")
-                words = ["--model", out / f"seed{config.seed}" / stage, "--data", "gsm8k:test", "--strategy", strategy, "--json", aside, *search, *where, "--seed", config.seed]
+                words = ["--model", out / f"seed{config.seed}" / stage, "--data", "gsm8k:test", "--strategy", strategy, "--json", aside, *ANSWER, *where, "--seed", config.seed]
                 if not within([ROOT / "eval.py", *words, *(["--limit", "2", "--max-step-tokens", "12", "--answer-lanes", "8"] if config.tiny else [])], end):
                     return print("not done: call again")
                 aside.rename(path)

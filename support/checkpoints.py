@@ -103,12 +103,13 @@ def load_checkpoint(stage: Path, model, optimizer) -> int:
     if step:
         folder = stage / f"checkpoint-{step}"
         remedy = "remove it, and training goes on from the one before, or from the stage's start"
+        reader = PlainReader(folder)
         try:
-            PlainReader(folder).read_metadata()
+            reader.read_metadata()  # here, because the library prints a traceback and looks for other files
         except Exception as error:  # a damaged pickle may raise anything
             raise InputError(f"{folder}: its .metadata is damaged ({type(error).__name__}: {error}); {remedy}")
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-        transfer(dcp.load, state, folder, remedy, storage_reader=PlainReader(folder), planner=PlainPlanner())
+        transfer(dcp.load, state, folder, remedy, storage_reader=reader, planner=PlainPlanner())
         try:
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

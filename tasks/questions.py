@@ -68,7 +68,7 @@ def generate(name: str, split: str, count: int, seed: int) -> list[Question]:
 
 def one_of(words: list[str]) -> str:
     """A pattern of any of the words, the longest first."""
-    return "|".join(re.sub(r"([^\w\s<>~=:-])", r"\\\1", word) for word in sorted(words, key=len, reverse=True))
+    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:
