@@ -19,6 +19,9 @@ def visible(text: str) -> str:
     return "".join(letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs") else f"\\x{ord(letter):02x}" for letter in text)
 
 
+USAGE = "%(prog)s [--flag value ...]; N is a whole number, X a number, S text"
+
+
 def flag(default, help: str, built_in=None, least=None, choices=None, many=False):
     """A dataclass field that becomes a command-line flag. `built_in` is its default for the built-in task, `least` the
     smallest value accepted, `choices` the only ones; with `many` several words are joined by spaces."""
@@ -30,8 +33,8 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
     """One flag for each field of each stage's dataclass; returns one instance a stage, or raises InputError."""
     def fail(message):
         raise InputError(message)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=USAGE, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=120))
     parser.error = fail
     fields = {item.name: item for stage in stages for item in dataclasses.fields(stage)}
     for stage in stages:
@@ -41,9 +44,9 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
             shown = " ".join(default) if item.type is tuple else default
             text = item.metadata["help"] + (f" ({shown}" if shown != "" else "")
             text += (f"; built-in task: {there})" if there != default else ")") if shown != "" else ""
-            kind = {"type": item.type, "choices": item.metadata["choices"]}
+            kind = {"type": item.type, "choices": item.metadata["choices"], "metavar": None if item.metadata["choices"] else {int: "N", float: "X"}.get(item.type, "S")}
             kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else kind
-            kind = {"nargs": "+"} if item.type is tuple or item.metadata["many"] else kind
+            kind = {"nargs": "+", "metavar": "S"} if item.type is tuple or item.metadata["many"] else kind
             group.add_argument("--" + item.name.replace("_", "-"), required=item.name in required,
                                help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))

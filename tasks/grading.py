@@ -190,8 +190,8 @@ def needs_algebra(answer: str) -> bool:
 
 
 class Algebra:
-    """math-verify in a worker process: at most `limit` seconds a comparison, after which it is killed and started anew."""
-    def __init__(self, limit: float = 5.0):
+    """math-verify in a worker process of at most 2 GiB: `limit` seconds a comparison, after which it is killed and started anew."""
+    def __init__(self, limit: float = 1.5):
         self.limit, self.process, self.known = limit, None, {}
 
     @staticmethod
@@ -226,7 +226,9 @@ class Algebra:
 
 def work():
     """The worker: a pair of answers a line in, true or false a line out."""
+    import resource
     from math_verify import parse, verify
+    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
     logging.disable(logging.CRITICAL)
     print("ready", flush=True)
     for line in sys.stdin:
