@@ -1,32 +1,25 @@
-"""Flags, ranks, tokens and files: what the commands read and write. Questions and answers come from tasks/.
+"""Tokens, and trees of them: what the commands read. Questions and answers come from tasks/, files from support/.
 
 A solution is a list of steps; trees (see svpo.py) are written as JSON lines.
 """
 import copy
 import dataclasses
-import fcntl
-import glob
-import json
-import os
-import re
-import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Callable
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from support.flags import parse_args, run_command  # noqa: F401
-from svpo import InputError, Tree, TreeNode, flag, pack  # noqa: F401  (passed on, as are the next ones)
+from model import load_model
+from support.flags import InputError, flag, parse_args, run_command  # noqa: F401  (passed on, as are the next ones)
+from support.hugging_face import read_tokenizer
+from support.ranks import device_of
+from support.tree_files import read_trees, resume_trees, write_trees  # noqa: F401
+from svpo import Tree, TreeNode, pack  # noqa: F401
 from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
 from tasks.published import PRESETS, find_folder  # noqa: F401
-from tasks.questions import TASKS, Question, grader, is_built_in, load_questions, load_splits, read_rows, task_tokenizer  # noqa: F401
-from tasks.steps import chat_template, closed, run_code, split_xml  # noqa: F401
+from tasks.questions import TASKS, Question, grader, is_built_in, load_questions, task_tokenizer  # noqa: F401
+from tasks.steps import chat_template, run_code, split_xml
 
 
 @dataclass(frozen=True)
@@ -43,124 +36,6 @@ class SourceConfig:
     seed: int = flag(0, "seed of sampling")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
-
-
-def join_ranks(source: SourceConfig) -> str:
-    """Join the other ranks where FSDP is needed: with several of them, or to compute in bfloat16. Returns the device."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    single = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if not single or source.dtype != "float32":  # one rank may search for days longer than another
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=30), **single)
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def share(items) -> list:
-    """This rank's share; all, with one process."""
-    return list(items)[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else list(items)
-
-
-def gather(mine: list) -> list:
-    """The lists of all ranks in one."""
-    if not dist.is_initialized():
-        return mine
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return [item for part in parts for item in part]
-
-
-def once(action):
-    """Rank 0 does it, all wait."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        action()
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; InputError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})")
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is wanted, not {type(value).__name__}")
-    return value
-
-
-def settle(path: Path):
-    """Have the disk hold a file, or a folder's entries, before anything relies on it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def publish(path: Path, write: Callable[[Path], None]):
-    """Have a file written aside, synced and renamed: it appears whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        write(aside)
-        settle(aside)
-    except (SafetensorError, OSError) as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
-    os.replace(aside, path)
-    settle(path.parent)
-
-
-def append(path: Path, text: str):
-    """Add a line to a file."""
-    try:
-        with open(path, "ab", buffering=0) as file:
-            line = memoryview(text.encode())
-            while line:
-                line = line[file.write(line):]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); what stands there is whole, and the same command goes on from it")
-
-
-HELD = {}  # lock files of this process
-
-
-def hold(path: Path):
-    """Keep other processes away from what this one writes, for as long as it lives; only rank 0 asks."""
-    if int(os.environ.get("RANK", 0)) or path.resolve() in HELD:
-        return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"{path.parent}: process {os.read(handle, 20).decode(errors='replace') or '?'} is still writing here; end it first")
-    HELD[path.resolve()] = handle
-    os.truncate(handle, 0)
-    os.write(handle, str(os.getpid()).encode())
-
-
-def write_json(path: Path, value: dict):
-    """Write a JSON file that appears whole or not at all."""
-    publish(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-
-def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **more):
-    """Store the stages' configuration, or check that it equals the stored one but for the `free` fields."""
-    config = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
-    if not path.exists() and write:
-        write_json(path, {**config, **more})
-    stored = read_json(path) if path.exists() else config
-    different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
-                 for part, fields in config.items() for name, value in fields.items()
-                 if name not in free and stored.get(part, {}).get(name) != value]
-    if different:
-        raise InputError(f"{path} is of another configuration: {', '.join(different)}; choose another --out")
-    if stored.get("questions", more.get("questions")) != more.get("questions"):
-        raise InputError(f"{path} is of other questions than there are now; choose another --out")
 
 
 def read_template(path: str) -> str:
@@ -191,28 +66,11 @@ class StepTokenizer:
                                        [index in eos_ids, "\n" in text, bool(text.strip()), bool(text.partition("\n")[0].strip())]
                                        for index, text in enumerate(texts)]).T.contiguous()
 
+
     @staticmethod
     def load(folder: str | Path, template: str = "{question}\n", **more) -> "StepTokenizer":
-        """Read tokenizer.json, and the end-of-text ids from config.json and generation_config.json."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{path}: not a readable tokenizer ({error})")
-        eos_ids, vocabulary, size = set(), 2**24, 1 + max(tokenizer.get_vocab().values(), default=-1)
-        for name in ("config.json", "generation_config.json"):
-            if (Path(folder) / name).exists():
-                raw = read_json(Path(folder) / name)
-                ids, vocabulary = raw.get("eos_token_id"), raw.get("vocab_size", vocabulary)
-                ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-                if type(vocabulary) is not int or not all(type(token) is int and 0 <= token < vocabulary for token in ids):
-                    raise InputError(f"{Path(folder) / name}: vocab_size and eos_token_id must be a number, and token ids below it")
-                eos_ids |= set(ids)
-        if not 0 < size <= vocabulary:
-            raise InputError(f"{path}: token ids up to {size - 1}, but the model's vocabulary has {vocabulary}")
-        return StepTokenizer(tokenizer, sorted(eos_ids), template, **more)
+        """Of a folder in Hugging Face's layout."""
+        return StepTokenizer(*read_tokenizer(Path(folder)), template, **more)
 
     def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
         """The prompt's tokens; more than `room` are refused."""
@@ -250,21 +108,6 @@ class StepTokenizer:
         steps[-1:] = [step + [(self.eos_ids[:1], True)] for step in steps[-1:]]
         return [(sum((ids for ids, _ in step), []), [written for ids, written in step for _ in ids]) for step in steps]
 
-    def run_code(self, solutions: list[str], room: list[int]) -> list[list[int]]:
-        """Tokens of the output to add to each partial solution, which ends with code; shortened where there is no room for them
-        and for the end of the step."""
-        outputs = dict(zip(dict.fromkeys(solutions), run_code(list(dict.fromkeys(solutions)))))
-        self.tokenizer.encode_special_tokens, found = True, []  # what is printed is text, whatever it looks like
-        for solution, left in zip(solutions, room):
-            head, tail = "\n"[:not solution.endswith("\n")] + "<output>\n", "\n</output>\n"
-            ids = self.encode(head + outputs[solution] + tail)
-            if len(ids) > left - 16:
-                start, end = self.encode(head), self.encode(tail)
-                ids = start + self.encode(outputs[solution] or " ")[:max(0, left - 16 - len(start) - len(end))] + end
-            found.append(ids)
-        self.tokenizer.encode_special_tokens = False
-        return found
-
     def draw(self, logits_XV: torch.Tensor, uniform_X: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (X,) at a temperature (0: the likeliest) by inverting the cumulative distribution, and their
         untempered log-probabilities. Ids that the tokenizer does not have are never drawn, but count in the softmax."""
@@ -277,73 +120,6 @@ class StepTokenizer:
             token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0].clamp(max=known_XV.shape[1] - 1)
         logp_X = logits_XV.gather(1, token_X[:, None])[:, 0] - logits_XV.logsumexp(dim=-1)
         return token_X, logp_X
-
-
-# --------------------------------------------------------------------------------------------- trees
-def write_trees(path: Path, trees, mode: str = "a"):
-    """Append trees, one JSON line each, as they come; with mode "w" they replace what is there."""
-    open(path, mode).close()
-    for tree in trees:
-        append(path, json.dumps(dataclasses.asdict(tree)) + "\n")
-    settle(path)
-
-
-def fault(index: int, node: TreeNode) -> str:
-    """What is wrong with a stored node; nothing as a rule."""
-    if type(node.parent) is not int or not -1 <= node.parent < index or (node.parent >= 0) != (index > 0):
-        return f"its parent is {node.parent!r}, not a node before it"
-    if not isinstance(node.tokens, list) or not node.tokens or not all(type(token) is int and 0 <= token < 2**31 for token in node.tokens):
-        return "it has no tokens, or other things than token ids"
-    if not isinstance(node.sampled, list) or len(node.sampled) != len(node.tokens) or not all(type(mark) is bool for mark in node.sampled):
-        return "'sampled' is not true or false for each token"
-    numbers = [node.logp, node.prior, node.q_value, node.value, *([] if node.reward is None else [node.reward])]
-    if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers) or type(node.visit_count) is not int or node.visit_count < 0:
-        return "logp, prior, q_value, value, reward or visit_count is not a number that it can be"
-    return "" if node.ending is None or isinstance(node.ending, str) else "'ending' is not text"
-
-
-def read_trees(path: str | Path, content: bytes | None = None) -> list[Tree]:
-    """All trees of a JSONL file; InputError names the line of a malformed one."""
-    trees = []
-    for number, row in read_rows(Path(path), content=content):
-        try:
-            tree = Tree(**{**row, "nodes": [TreeNode(**node) for node in row["nodes"]]})
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{path}, line {number}: not a tree ({error})")
-        if tree.version != 1 or not tree.nodes or [type(tree.simulations), *map(type, (tree.id, tree.question, tree.answer, tree.stopped))] != [int, *[str] * 4]:
-            raise InputError(f"{path}, line {number}: version is not 1, there are no nodes, or a field of the tree is of the wrong type")
-        for index, node in enumerate(tree.nodes):
-            if problem := fault(index, node):
-                raise InputError(f"{path}, line {number}, node {index}: {problem}")
-        trees.append(tree)
-    return trees
-
-
-def check_tokens(trees: list[Tree], vocabulary: int, path: str | Path):
-    """Refuse trees with token ids that a model does not have."""
-    for tree in trees:
-        if max(token for node in tree.nodes for token in node.tokens) >= vocabulary:
-            raise InputError(f"{path}: the tree of question {tree.id} holds token ids of {vocabulary} and more, which this model does not have")
-
-
-def resume_trees(path: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
-    """The trees of `path` and of every rank's file beside it (stem-RANK.suffix), which may be of another rank count. A torn
-    last line is cut off, and said; a file that another rank may be writing is read as far as it is whole."""
-    trees = {}
-    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}")):
-        match = re.fullmatch(r"(?:-(\d+))?", file.name.removeprefix(path.stem).removesuffix(path.suffix))
-        if not match or file != path and file.with_name(file.name + ".config").exists():  # that one is a search of its own
-            continue
-        content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if int(match[1] or 0) % ranks == rank and whole < len(content):
-            os.truncate(file, whole)
-            print(f"{file}: the last line was torn and has been cut off; its question is searched again")
-        found = read_trees(file, content[:whole])
-        if doubled := sum(tree.id in trees for tree in found):
-            print(f"{file}: {doubled} trees are of questions that have one elsewhere; the first of each counts")
-        trees = {tree.id: tree for tree in found} | trees
-    return list(trees.values())
 
 
 def to_tree(question: Question, root, simulations: int, stopped: str) -> Tree:
@@ -381,10 +157,8 @@ def find_source(source: SourceConfig) -> tuple[Path, "StepTokenizer"]:
 
 def load_source(source: SourceConfig, question_seed: int = 0) -> tuple:
     """The model (model.Llama), its tokenizer and the questions that a command names."""
-    from model import load_model  # here, because model.py reads its files with this module
     questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
     folder, tokenizer = find_source(source)
     if is_built_in(source.data) and set(tokenizer.eos_ids) & set(tokenizer.encode_prompt(questions[0])):  # what no word covers is end-of-text there
         raise InputError(f"--data {source.data}: the tokenizer of {folder} does not know its words; the model is of another task")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
-    return load_model(folder, device, getattr(torch, source.dtype), source.seed), tokenizer, questions
+    return load_model(folder, device_of(source), getattr(torch, source.dtype), source.seed), tokenizer, questions

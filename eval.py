@@ -8,31 +8,31 @@ Every strategy is a generator for the driver of mcts.py: it yields nodes to exte
 Dimension key: B rows, T tokens, D width, X tokens of a pack, M sampled tokens, E nodes of a pack.
 """
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import random
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, check_tokens, extract_answer, gather, grade, is_correct, load_questions, load_source, once, parse_args, publish, read_trees, \
-    run_command, share, to_tree, write_json
-from support.figures import draw_run
-from support.page import find_tokenizer, write_page
-from support.reports import draw_budget, print_answers, print_audit, print_diagnosis
+from data import Question, SourceConfig, StepTokenizer, extract_answer, grade, is_correct, load_source, parse_args, read_trees, run_command, to_tree
 from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
-from model import Llama, block_mask, load_model
-from svpo import InputError, Pack, Tree, flag, outcomes_below, pack, sibling_pairs, step_logp, token_logp, tree_mask
+from model import Llama, block_mask, load_model, tree_mask
+from support.diagnosis import diagnose
+from support.figures import draw_run
+from support.files import write_json
+from support.packing import Pack
+from support.page import show_trees
+from support.ranks import gather, share
+from support.reports import draw_budget, print_answers, print_audit, print_diagnosis
+from support.tree_files import check_tokens
+from svpo import InputError, Tree, flag, pack, sibling_pairs, step_logp, token_logp
 
 BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "best") for count in (2, 4, 8, 16, 32)),
           "beam:1,2", "beam:1,3", "beam:1,5", "beam:1,10", "beam:2,5", "beam:3,5", "beam:5,5", "mcts:2", "mcts:4", "mcts:8", "mcts:16")
@@ -221,31 +221,6 @@ def rescore(model: Llama, trees: list[Tree], row_tokens: int = 0, pack_tokens: i
     return judged
 
 
-def add_reference(model: Llama, trees: list[Tree], path: Path, *sizes: int):
-    """Set the nodes' log-probabilities to the policy's, before it is trained: from the file that keeps them, or by one pass."""
-    weights, steps = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        weights.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for tree in trees:
-        steps.update(json.dumps([tree.id, [(node.parent, node.tokens) for node in tree.nodes]]).encode())
-    marks = {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                stored, logp = file.metadata() or {}, file.get_tensor("logp").tolist()
-        except SafetensorError as error:
-            raise InputError(f"{path}: not readable ({error}); delete it to have it computed again")
-        for name, mark in marks.items():
-            if stored.get(name) != mark:
-                raise InputError(f"{path} is of other {name} ({stored.get(name)}, not {mark}); delete it to have it computed again")
-    else:
-        scored = zip(share(range(len(trees))), rescore(model, share(trees), *sizes))
-        logp = [value for _, values in sorted(gather([(index, [node.logp for node in tree.nodes]) for index, tree in scored])) for value in values]
-        once(lambda: publish(path, lambda aside: save_file({"logp": torch.tensor(logp)}, aside, marks)))
-    for node, value in zip([node for tree in trees for node in tree.nodes], logp):
-        node.logp = value
-
-
 def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, seed: int,
                 label: str = "sibling accuracy") -> list[Tree]:
     """Trees to measure sibling accuracy on, grown from outcomes alone: the judged value has no part in their labels."""
@@ -266,58 +241,10 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
     The pairs are those of `sibling_pairs` without a gap; 0.5 is chance. The standard error counts trees, not pairs; None
     where there are too few.
     """
-    shares = []
-    for tree in trees:
-        pairs = sibling_pairs(tree)
-        if pairs:
-            shares.append(sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs) / len(pairs))
-    count = len(shares)
-    mean = sum(shares) / count if count else None
-    spread = sum((share - mean) ** 2 for share in shares) / (count - 1) if count > 1 else None
-    return {"trees": count, "accuracy": mean, "standard_error": spread and math.sqrt(spread / count)}
-
-
-def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
-    """How well a model judges the steps of searched trees; `judged` are the same trees, rescored with it.
-
-    By depth: pairs a tree, and the share of all pairs whose better sibling scores higher by V, by the implicit reward
-    log pi - log ref, with the policy that grew the trees as reference, and by the mean token log-probability; gaps under
-    0.001 are ties and count half. Pooled over the steps of all trees: calibration of (V + 1) / 2 as the chance to end
-    correctly, and the AUC of V, of steps that are not the last and of last ones, against the outcomes that search found.
-    """
-    depths, chance, value, last = {}, [], [], []
-    for tree, scored in zip(trees, judged):
-        depth = [0] * len(tree.nodes)
-        for index, node in enumerate(tree.nodes[1:], 1):
-            depth[index] = depth[node.parent] + 1
-        for win, lose, _ in sibling_pairs(tree):
-            w, l = scored.nodes[win], scored.nodes[lose]
-            gaps = (w.value - l.value, (w.logp - tree.nodes[win].logp) - (l.logp - tree.nodes[lose].logp),
-                    w.logp / max(1, sum(w.sampled)) - l.logp / max(1, sum(l.sampled)))
-            depths.setdefault(depth[win], []).append([0.5 if abs(gap) < 1e-3 else float(gap > 0) for gap in gaps])
-        for index, (right, wrong) in enumerate(zip(*outcomes_below(tree))):
-            if index and right + wrong:
-                chance.append(right / (right + wrong))
-                value.append(scored.nodes[index].value)
-                last.append(tree.nodes[index].reward is not None)
-    value, chance, last = np.array(value), np.array(chance), np.array(last, dtype=bool)
-    bins = np.clip(((value + 1) * 5).astype(int), 0, 9)
-    calibration = [{"steps": int(inside.sum()), "predicted": float((value[inside].mean() + 1) / 2), "found": float(chance[inside].mean())}
-                   for inside in (bins == number for number in range(10)) if inside.any()]
-    return {"by_depth": [{"depth": depth, "pairs_a_tree": len(rows) / len(trees),
-                          **dict(zip(("value", "implicit_reward", "mean_logp"), np.mean(rows, axis=0).tolist()))}
-                         for depth, rows in sorted(depths.items())],
-            "calibration": calibration, "auc_steps": soft_auc(value[~last], chance[~last]), "auc_ends": soft_auc(value[last], chance[last]),
-            "calibration_error": sum(row["steps"] * abs(row["predicted"] - row["found"]) for row in calibration) / len(value)
-            if len(value) else None}
-
-
-def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
-    """Probability that a right case scores above a wrong one, ties half; each case is right with weight `chance`."""
-    _, place = np.unique(score, return_inverse=True)
-    right, wrong = np.bincount(place, chance), np.bincount(place, 1 - chance)
-    total = right.sum() * wrong.sum()
-    return float((right * (wrong.cumsum() - wrong / 2)).sum() / total) if total > 0 else None
+    found = [(tree, sibling_pairs(tree)) for tree in trees]
+    shares = [sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs) / len(pairs) for tree, pairs in found if pairs]
+    return {"trees": len(shares), "accuracy": statistics.fmean(shares) if shares else None,
+            "standard_error": statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None}
 
 
 @dataclass(frozen=True)
@@ -329,8 +256,6 @@ class EvalConfig:
     audit: int = flag(0, "print how answers were graded, and N of each strategy's to read", least=0)
     trees: str = flag("", "judge the steps of these trees, whose policy is the reference of the implicit reward; best of questions "
                           "not trained on, searched with --no-leaf-value")
-    sibling_data: str = flag("", "or of trees grown now for these questions, e.g. arithmetic:valid")
-    sibling_limit: int = flag(300, "search at most N of them", least=1)
     figures: str = flag("", "draw this run folder, RUN/figures.png, and end; needs matplotlib")
     show: str = flag("", "draw the trees of this file as a page, FILE.html, and end; needs no --data, and --model only where it is not told")
 
@@ -339,10 +264,7 @@ def main():
     source, config, search, answering = parse_args(__doc__, (SourceConfig, EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:],
                                                    () if any(word.startswith(("--show", "--figures")) for word in sys.argv) else ("model", "data"))
     if config.show:
-        trees, out = read_trees(config.show), Path(config.show).with_suffix(".html")
-        if not trees:
-            raise InputError(f"{config.show}: there are no trees in it")
-        return print(f"{out}: {write_page(trees, find_tokenizer(Path(config.show), source.model), out)} of {len(trees)} trees")
+        return print(show_trees(Path(config.show), source.model))
     if config.figures:
         def judge(folder, trees):
             return diagnose(trees, rescore(load_model(folder, source.device), trees))
@@ -364,8 +286,6 @@ def main():
     print_answers(row["answers"])
     if config.audit:
         print_audit(row["answers"], config.audit)
-    if config.sibling_data and not trees:
-        trees = grow_judged(model, tokenizer, load_questions(config.sibling_data, config.sibling_limit), search, source.seed)
     if trees:
         judged = rescore(model, trees)
         row |= {"siblings": sibling_accuracy(judged), "diagnosis": diagnose(trees, judged)}

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, closed, extract_answer, grader, hold, keep_config, load_source, parse_args, resume_trees, \
-    run_command, to_tree, write_trees
+from data import Question, SourceConfig, StepTokenizer, extract_answer, grader, load_source, parse_args, resume_trees, run_command, to_tree, write_trees
 from model import Llama, TreeCache
+from support.files import hold, keep_config
 from support.graphs import Graphed
-from support.reports import progress, show_pace
+from support.reports import watched
 from svpo import InputError, flag
+from tasks.steps import closed, output_tokens
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,7 @@ class Driver:
 
     def run(self, start, label: str):
         """Yield (question, root, what the generator of `start(question, root)` returned) as searches end."""
-        begin = time.perf_counter()
-        with progress(self.ends(start), label, len(self.waiting), "question") as bar:
-            for end in bar:
-                show_pace(bar, self, end[1], time.perf_counter() - begin)
-                yield end
+        return watched(self, self.ends(start), label, len(self.waiting))
 
     @torch.inference_mode()
     def ends(self, start):
@@ -335,7 +332,7 @@ class Driver:
         if ready := [(lane, part[0]) for lane, part in zip(lanes, parts) if self.tokenizer.tools and "<code>" in part[0] and closed("code", *part)]:
             solutions = ["".join(node.text for node in self.parent[lane].path()) + text for lane, text in ready]
             room = [self.step_tokens - int(self.length[lane]) for lane, _ in ready]
-            for (lane, _), given in zip(ready, self.tokenizer.run_code(solutions, room)):
+            for (lane, _), given in zip(ready, output_tokens(self.tokenizer, solutions, room)):
                 self.given_XC[lane, self.length[lane]:][:len(given)] = given[:self.step_tokens - self.length[lane]]
         return [closed("step", *part) for part in parts]
 
@@ -390,10 +387,11 @@ def main():
     path = out if ranks == 1 else out.with_name(f"{out.stem}-{rank}{out.suffix}")
     done = {tree.id for tree in resume_trees(out, rank, ranks)}
     mine = [question for question in questions[rank::ranks] if question.id not in done]
+    begin = time.perf_counter()
     trees = search_trees(model, tokenizer, mine, search, source.seed)
     keep_config(out.with_name(out.name + ".config"), (source, search), free=("limit", "device"), write=rank == 0)
     write_trees(path, trees)
-    print(f"{path}: {len(mine)} trees, {len(questions[rank::ranks]) - len(mine)} were there")
+    print(f"{path}: {len(mine)} trees in {time.perf_counter() - begin:.1f} s, {len(questions[rank::ranks]) - len(mine)} were there")
 
 
 if __name__ == "__main__":

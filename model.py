@@ -9,22 +9,21 @@ H query heads, G key/value heads, K head width, F feed-forward width, L layers.
 """
 import functools
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import find_folder, publish, read_json, write_json
-from svpo import InputError, tree_mask  # noqa: F401  (tree_mask is passed on)
-
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+from support.files import publish, write_json
+from support.flags import InputError
+from support.hugging_face import FAMILIES, REQUIRED, check_tensors, parse_config, read_tensors
+from tasks.published import find_folder
 
 
 @dataclass
@@ -198,20 +197,29 @@ class Llama(nn.Module):
         return torch.tanh(self.value_head(hidden if dropout is None else hidden * dropout.to(hidden.dtype)).squeeze(-1).float())
 
     def forward(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
-                cache: "TreeCache | None" = None, read=None) -> tuple[Tensor, Tensor]:
+                read=None) -> tuple[Tensor, Tensor]:
         """(logits_BTV, value_BT). Without position and mask it is plain causal. `mask` (B, 1, T, S) is True where a query may
-        look, or a BlockMask. With a cache the tokens come as one flat line (1, X), and the mask is (rows, 1, lanes, slots in
-        use), the fed tokens' own slots included (see TreeCache). `read(hidden_BTD)` takes the heads' place where it is given;
-        called here, because FSDP holds the weights together only within `forward`."""
-        hidden_BTD = self.hidden(token_BT, position_BT, mask, cache)
+        look, or a BlockMask. `read(hidden_BTD)` takes the heads' place where it is given; called here, because FSDP holds the
+        weights together only within `forward`."""
+        hidden_BTD = self.hidden(token_BT, position_BT, mask)
         return read(hidden_BTD) if read else (self.logits(hidden_BTD), self.value(hidden_BTD))
 
 
-def block_mask(subtree_end_BT: Tensor):
-    """svpo.tree_mask as a block mask of flex_attention, whose kernel skips the blocks that nobody sees."""
+def tree_mask(subtree_end_BT: Tensor) -> Tensor:
+    """Boolean mask (B, 1, T, T) of a depth-first packed forest: token q sees token k iff k <= q < subtree_end[k].
+
+    That is causality, ancestry, separation of siblings and isolation of packed documents in one line.
+    """
+    index_T = torch.arange(subtree_end_BT.shape[1], device=subtree_end_BT.device)
+    query, key = index_T[:, None], index_T[None, :]
+    return ((key <= query) & (query < subtree_end_BT[:, None, :])).unsqueeze(1)
+
+
+def block_mask(subtree_end_BT: Tensor) -> BlockMask:
+    """The same as a block mask of flex_attention, whose kernel skips the blocks that nobody sees."""
     rows, length = subtree_end_BT.shape
-    return create_block_mask(lambda row, head, query, key: (key <= query) & (query < subtree_end_BT[row, key]), rows, None, length,
-                             length, device=subtree_end_BT.device)
+    return create_block_mask(lambda row, head, query, key: (key <= query) & (query < subtree_end_BT[row, key]),
+                             rows, None, length, length, device=subtree_end_BT.device)
 
 
 class TreeCache:
@@ -259,89 +267,9 @@ class TreeCache:
 
 # ------------------------------------------------------------------------------------------------ loading and saving
 
-HARMLESS = {  # config.json fields that do not change the computation here
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pad_token_id", "_name_or_path", "attention_dropout",
-    "chunk_size_feed_forward", "is_encoder_decoder", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type",
-    "_attn_implementation_autoset", "_from_model_config", "is_llama_config", "transformers.js_config", "max_sequence_length", "max_window_layers"}
-REQUIRED = {  # fields that are supported at one value only
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_interleaved": False, "quantization_config": None,
-    "use_sliding_window": False}
-
-
 def read_config(folder: Path) -> LlamaConfig:
-    """Read config.json; every field that would change the computation and is not implemented is refused by name."""
-    raw = read_json(folder / "config.json")
-    try:
-        return parse_config(raw)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # InputError is one of these
-        raise InputError(f"{folder / 'config.json'}: {error}")
-
-
-def parse_config(raw: dict) -> LlamaConfig:
-    if raw.get("model_type") not in tuple(FAMILIES):
-        raise InputError(f"model_type = {raw.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
-    rope = {**(raw.pop("rope_scaling", None) or {}), **(raw.pop("rope_parameters", None) or {})}  # transformers 5 has the second
-    raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    if kind != "default" or rope:
-        wanted = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if kind != "llama3" or rope.keys() != wanted or not all(type(value) in (int, float) and value > 0 for value in rope.values()) \
-                or not rope["low_freq_factor"] < rope["high_freq_factor"]:
-            raise InputError(f"rope_scaling of rope_type {kind!r} with {rope} is not supported, only 'llama3' with {sorted(wanted)}")
-        raw["rope_scaling"] = {"rope_type": "llama3", **rope}
-    window = raw.pop("sliding_window", None)
-    if raw["model_type"] == "mistral" and window:  # no window within its length
-        raw["max_position_embeddings"] = min(window, raw.get("max_position_embeddings", window))
-    elif window and raw.get("use_sliding_window", raw["model_type"] == "llama"):
-        raise InputError(f"sliding_window = {window!r} is not supported")
-    if set(raw.pop("layer_types", None) or []) - {"full_attention"}:
-        raise InputError("layer_types other than 'full_attention' are not supported")
-    names = {field.name for field in fields(LlamaConfig)}
-    for key, value in raw.items():
-        if key in REQUIRED and value != REQUIRED[key]:
-            raise InputError(f"{key} = {value!r} is not supported, only {REQUIRED[key]!r}")
-        if key not in REQUIRED and key not in HARMLESS and key not in names:
-            raise InputError(f"unknown field {key!r} may change the computation and is not supported")
-    given = {key: value for key, value in raw.items() if key in names}
-    given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-    if not given.get("head_dim"):
-        given["head_dim"] = given.get("hidden_size", 0) // max(1, given.get("num_attention_heads", 1))
-    given.setdefault("rms_norm_eps", 1e-6)  # Hugging Face's default where the file is silent
-    config = LlamaConfig(**given)
-    for field in fields(config):
-        value, whole, most = getattr(config, field.name), field.type is int, 1000 if field.name == "num_hidden_layers" else 2**24
-        if whole and not (type(value) is int and 0 < value < most) or field.type is float and not (type(value) in (int, float) and 0 <= value < 1e12 and (value or field.name != "rope_theta")):
-            raise InputError(f"{field.name} must be a positive {f'whole number under {most}' if whole else 'number'}, not {value!r}")
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if type(config.tie_word_embeddings) is not bool or not all(value is None or type(value) is int for value in (config.bos_token_id, *ends)):
-        raise InputError("tie_word_embeddings must be true or false, and bos_token_id and eos_token_id token ids")
-    if config.head_dim % 2 or config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(f"{config.num_attention_heads} query heads of width {config.head_dim} must be of even width and share "
-                         f"{config.num_key_value_heads} key/value heads evenly")
-    return config
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, and of
-    value_head.safetensors where there is one."""
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if not files[0].exists() and index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise InputError(f"{index}: needs a 'weight_map' of tensor names to files")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    if (folder / "value_head.safetensors").exists():
-        files.append(folder / "value_head.safetensors")
-    tensors = {}
-    for file in files:
-        if not file.exists():
-            raise InputError(f"{file}: no such file; convert other weight formats to safetensors first")
-        try:
-            tensors.update(load_file(file))
-        except SafetensorError as error:
-            raise InputError(f"{file}: not a readable safetensors file ({error})")
-    return tensors
+    """config.json; every field that would change the computation and is not implemented is refused by name."""
+    return parse_config(folder / "config.json", LlamaConfig)
 
 
 def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 0) -> Llama:
@@ -365,16 +293,7 @@ def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 
         std = config.initializer_range / math.sqrt(config.hidden_size)
         nn.init.normal_(weight, 0.0, std, generator=torch.Generator().manual_seed(seed))
         tensors |= {"value_head.weight": weight, "value_head.bias": torch.zeros(1)}
-    wanted = {key: parameter.shape for key, parameter in model.named_parameters()}
-    for problem, keys in (("missing tensor", wanted.keys() - tensors.keys()),
-                          ("unexpected tensor", tensors.keys() - wanted.keys())):
-        if keys:
-            raise InputError(f"{folder}: {problem} {sorted(keys)[0]} ({len(keys)} in all)")
-    for key, shape in wanted.items():
-        if tensors[key].shape != shape:
-            raise InputError(f"{folder}: {key} has shape {list(tensors[key].shape)}, config.json asks for {list(shape)}")
-        if not tensors[key].is_floating_point() or not tensors[key].float().isfinite().all():
-            raise InputError(f"{folder}: {key} holds {tensors[key].dtype} or numbers that are not finite; float weights are wanted")
+    check_tensors(folder, tensors, model)
     # copied, because the file's own memory is not aligned, and results would differ in the last bit
     state = {key: tensor.to(device=device, dtype=dtype, copy=True) for key, tensor in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)

@@ -1,18 +1,17 @@
 """Step-level Value Preference Optimization: the tree as the datum, the step pairs read off it, and the losses.
 
-A `Tree` holds all solutions tried for one question; a worked solution is a tree with one branch. `pack` lays a forest
-out depth-first, each unique token once, so that one forward pass serves every loss; each loss is then a function of a
-few vectors over the nodes (steps) and of index pairs of siblings. Pure functions, no input or output.
+A `Tree` holds all solutions tried for one question; a worked solution is a tree with one branch. `pack` (support/packing.py)
+lays a forest out depth-first, each unique token once, so that one forward pass under `model.tree_mask` serves every loss;
+each loss is then a function of a few vectors over the nodes (steps) and of index pairs of siblings. Pure functions.
 Authorities: SVPO summary = said by summaries of arXiv 2406.10858, whose equations and constants could not be read.
 
 Dimension key: B rows, T tokens, M sampled tokens, E nodes of the forest (a step and the prefix that it completes),
 P pairs of siblings, V vocabulary.
 """
 import dataclasses
-import itertools
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from support.flags import InputError, flag  # noqa: F401  (passed on)
+from support.packing import pack
 
 LOGITS = 2**24  # logits computed at once: 64 MB in float32
 
@@ -51,104 +51,6 @@ class Tree:
     simulations: int = 0  # effective number
     stopped: str = "simulations"  # or "exhausted", or "slots" when the cache row was full
     version: int = 1
-
-
-# --------------------------------------------------------------------------------------------- packing
-
-@dataclass
-class Pack:
-    """A forest in depth-first order: each unique token once. Flat indices count through (B, T) row by row."""
-    token_BT: Tensor
-    position_BT: Tensor  # depth in tokens from the tree's own first token
-    subtree_end_BT: Tensor  # where in the row the subtree of the token's node ends; padding sees only itself
-    target_M: Tensor  # flat index of every sampled token
-    predictor_M: Tensor  # flat index of the token before it on its path, whose hidden state predicts it
-    node_M: Tensor  # which of the E nodes it belongs to
-    last_E: Tensor  # flat index of each node's last token, where its value is read
-    node_E: list[TreeNode] = field(repr=False)  # the nodes, tree by tree in their stored order
-    first_node: list[int] = field(repr=False)  # index in node_E of each tree's root
-
-
-def flatten(tree: Tree):
-    """Depth-first order: (node index, first position) pairs, and each node's subtree length in tokens."""
-    children, length = [[] for _ in tree.nodes], [len(node.tokens) for node in tree.nodes]
-    for index in range(len(tree.nodes) - 1, 0, -1):
-        length[tree.nodes[index].parent] += length[index]
-        children[tree.nodes[index].parent].insert(0, index)
-    order, stack = [], [(0, 0)]
-    while stack:
-        index, position = stack.pop()
-        order.append((index, position))
-        stack += [(child, position + len(tree.nodes[index].tokens)) for child in reversed(children[index])]
-    return order, length
-
-
-def parts(tree: Tree, row_tokens: int):
-    """(size, depth-first order, subtree lengths) of the tree; where it is longer than a row it is cut between the root's
-    children, and each part begins with the root."""
-    order, length = flatten(tree)
-    pieces, cut = [order[:1]], 0 < row_tokens < length[0]
-    used = prefix = len(tree.nodes[0].tokens)
-    for index, position in order[1:]:
-        if cut and tree.nodes[index].parent == 0 and used > prefix and used + length[index] > row_tokens:
-            pieces.append(order[:1])
-            used = prefix
-        pieces[-1].append((index, position))
-        used += len(tree.nodes[index].tokens)
-    sizes = [sum(len(tree.nodes[index].tokens) for index, _ in piece) for piece in pieces]
-    return [(size, piece, [size, *length[1:]]) for size, piece in zip(sizes, pieces)]
-
-
-def pack(trees: list[Tree], row_tokens: int = 0, device="cpu") -> Pack:
-    """Pack trees into rows of at most `row_tokens` tokens (first fit, largest first; 0: the largest tree's size; on CUDA, whole
-    blocks of flex_attention). A longer tree is cut between the root's children, the root's tokens repeated; a part that is
-    still longer lengthens the rows. Every node keeps its place in `node_E`, so losses do not depend on the packing."""
-    pieces, block = [(index, *part) for index, tree in enumerate(trees) for part in parts(tree, row_tokens)], 128 if "cuda" in str(device) else 1
-    width = max([row_tokens, *(size for _, size, _, _ in pieces)])
-    free, place = [], {}  # tokens left in each row; piece -> (row, column)
-    for index in sorted(range(len(pieces)), key=lambda index: -pieces[index][1]):
-        size = pieces[index][1]
-        row = next((row for row, left in enumerate(free) if left >= size), len(free))
-        if row == len(free):
-            free.append(width)
-        place[index] = (row, width - free[row])
-        free[row] -= size
-    width = math.ceil((width - min(free)) / block) * block
-    token = [[0] * width for _ in free]
-    position = [[0] * width for _ in free]
-    end = [list(range(1, width + 1)) for _ in free]
-    first_node = [0, *itertools.accumulate(len(tree.nodes) for tree in trees)]
-    target, predictor, owner, last = [], [], [], [0] * first_node.pop()
-    for number, (tree_index, _, order, lengths) in enumerate(pieces):
-        (row, column), base, tails = place[number], first_node[tree_index], {-1: None}
-        for index, depth in order:
-            node = trees[tree_index].nodes[index]
-            count = len(node.tokens)
-            token[row][column:column + count] = node.tokens
-            position[row][column:column + count] = range(depth, depth + count)
-            end[row][column:column + count] = [column + lengths[index]] * count
-            before = tails[node.parent]
-            for offset, sampled in enumerate(node.sampled):
-                here = row * width + column + offset
-                if sampled and before is not None:
-                    target.append(here)
-                    predictor.append(before)
-                    owner.append(base + index)
-                before = here
-            tails[index] = last[base + index] = before
-            column += count
-    tensors = [torch.tensor(part, dtype=torch.long) for part in (token, position, end, target, predictor, owner, last)]
-    return Pack(*tensors, [node for tree in trees for node in tree.nodes], first_node)
-
-
-def tree_mask(subtree_end_BT: Tensor) -> Tensor:
-    """Boolean mask (B, 1, T, T) of a depth-first packed forest: token q sees token k iff k <= q < subtree_end[k].
-
-    That is causality, ancestry, separation of siblings and isolation of packed documents in one line.
-    """
-    index_T = torch.arange(subtree_end_BT.shape[1], device=subtree_end_BT.device)
-    query, key = index_T[:, None], index_T[None, :]
-    return ((key <= query) & (query < subtree_end_BT[:, None, :])).unsqueeze(1)
 
 
 # --------------------------------------------------------------------------------------------- objectives
@@ -329,11 +231,8 @@ def learn(tree: Tree, config: LossConfig) -> Lesson:
     likelihood = objective.likelihood(tree) if objective.likelihood else [(0.0, 0.0)] * len(tree.nodes)
     value = [objective.value and node.visit_count > 0 for node in tree.nodes]
     read = {index for win, lose, _ in pairs for index in win + lose}
-    keep = [value[index] or likelihood[index][1] > 0 or index in read for index in range(len(tree.nodes))]
-    for index in range(len(tree.nodes) - 1, 0, -1):
-        keep[tree.nodes[index].parent] |= keep[index]
-    keep[0] = True
-    kept = [index for index in range(len(tree.nodes)) if keep[index]]
+    read |= {index for index in range(len(tree.nodes)) if value[index] or likelihood[index][1] > 0}
+    kept = sorted({0} | {step for index in read for step in path(tree, index)})  # with all that stands above them
     place = {-1: -1} | {index: new for new, index in enumerate(kept)}
     nodes = [dataclasses.replace(tree.nodes[index], parent=place[tree.nodes[index].parent]) for index in kept]
     pairwise = sum(len(tree.nodes[step].tokens) for pair in pairs for side in pair[:2] for step in [0, *path(tree, side[-1])])

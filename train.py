@@ -9,35 +9,37 @@ model in Hugging Face's layout, its trees and its eval.json. The same command, r
 random depends on the seed and the step alone, so an interrupted run ends with the weights of an uninterrupted one.
 """
 import gc
-import json
 import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 import zlib
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data import SourceConfig, append, hold, publish, StepTokenizer, check_tokens, find_folder, find_source, gather, is_built_in, join_ranks, keep_config, load_splits, once, parse_args, read_json, \
-    read_template, read_trees, resume_trees, run_command, settle, share, solution_tree, TASKS, task_tokenizer, write_json, write_trees
-from eval import AnswerConfig, add_reference, answer_questions, grow_groups, grow_judged, passes, rescore, score, sibling_accuracy
-from support.plan import print_plan, shape_of
-from support.reports import describe, open_board, print_table, progress
+from data import SourceConfig, StepTokenizer, find_folder, find_source, parse_args, read_template, read_trees, resume_trees, run_command, solution_tree, \
+    task_tokenizer, write_trees
+from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, passes, rescore, score, sibling_accuracy
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, load_model, save_model
-from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
+from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint, write_model
+from support.files import read_json, settle, write_json
+from support.plan import print_plan, shape_of
+from support.ranks import gather, join_ranks, once, share
+from support.reference import add_reference
+from support.reports import describe, log_step, open_board, print_table, progress, warn_saturated
+from support.run_folder import check_flags, check_lengths, open_run
+from support.tree_files import check_tokens
 from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, total_loss
+from tasks.questions import load_splits
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -89,17 +91,7 @@ def main(argv: list[str] | None = None):
     real = ["--data", "gsm8k"] if {"--plan", "--model"} <= set(argv) and "--data" not in argv else []  # to plan for a real model
     stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), [*argv, *real])
     run, train, search, losses, _ = stages
-    if is_built_in(run.data) and ":" in run.data:
-        raise InputError(f"--data {run.data}: training takes all splits of a built-in task: --data {run.data.split(':')[0]}")
-    if (run.model == "tiny") != is_built_in(run.data):
-        raise InputError(f"--model tiny and the built-in tasks ({', '.join(TASKS)}) go together, and --data {run.data} is not one of these; real questions need a real --model"
-                         if run.model == "tiny" else f"--data {run.data} is a built-in task, which only --model tiny can be trained on")
-    if run.model == "tiny" and (run.chat or run.steps != "lines"):
-        raise InputError("--chat and --steps xml need a real --model: the tiny one learns lines")
-    if losses.objective not in OBJECTIVES.keys() - {"sft"}:
-        raise InputError(f"--objective {losses.objective}: there are {', '.join(sorted(OBJECTIVES.keys() - {'sft'}))}")
-    if train.tensorboard and not find_spec("tensorboard"):
-        raise InputError("--tensorboard needs a package that is not installed: pip install tensorboard")
+    check_flags(run, train, losses)
     if run.plan:
         shape = LlamaConfig(task_tokenizer(run.data).get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
         return print_plan(shape, *stages)
@@ -152,31 +144,8 @@ def check_splits(run: RunConfig, train: TrainConfig, search: SearchConfig, split
         folder, tokenizer = find_source(run)
         context = load_model(folder, "meta").config.max_position_embeddings
     plain = tokenizer.under(run.train_prompt)
-    for question in [question for name in ("valid", "test") for question in splits[name]] + sum(splits["search"], []):
-        tokenizer.encode_prompt(question, context - search.max_step_tokens)
-        plain.encode_prompt(question, context - search.max_step_tokens)
-    if train.sft_steps and not splits["sft"]:
-        raise InputError("--sft-steps needs questions with worked solutions, and there is none")
-    for question in splits["sft"] if train.sft_steps else []:
-        length = sum(len(node.tokens) for node in solution_tree(question, plain).nodes)
-        if length > context:
-            raise InputError(f"question {question.id}: prompt and solution have {length} tokens, the model's context {context}")
+    check_lengths(tokenizer, plain, context, train, search, splits)
     return tokenizer, plain
-
-
-def open_run(folder: Path, stages: tuple, splits: dict):
-    """Make the run folder, or check that it belongs to the same configuration and questions; other processes are kept away."""
-    if folder.exists() and not (folder / "config.json").exists() and any(path.name not in ("lock", "config.json.partial") for path in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no run; choose another --out")
-    command = ["git" if shutil.which("git") else "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    once(lambda: None)  # all have looked
-    folder.mkdir(parents=True, exist_ok=True)
-    hold(folder / "lock")
-    text = json.dumps([[question.text, question.answer] for name in ("sft", "valid", "test") for question in splits[name]] + [
-        [question.text, question.answer] for part in splits["search"] for question in part])
-    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep", "tensorboard"), write=not int(os.environ.get("RANK", 0)), commit=commit,
-                questions=zlib.crc32(text.encode()))
 
 
 def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path:
@@ -229,19 +198,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         return [(place, learn(tree, losses)) for (place, _), tree in zip(mine, groups)]
     with Stop() as stop:  # a request to stop waits for the end of the step, or for the model to be written
         optimize(model, steps, lr, lessons_of, losses, train, run.seed + number, stage, stop)
-        write_stage(model, previous, stage)
-
-
-def write_stage(model: Llama, previous: Path, stage: Path):
-    """The trained model, whole, with the other files of the folder that it comes from."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def save():
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
-            if (previous / name).exists():
-                publish(stage / name, lambda aside, name=name: shutil.copyfile(previous / name, aside))
-        save_model(model, stage, state)  # config.json comes last, so a folder that has it is complete
-    once(save)
+        write_model(model, previous, stage)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -285,7 +242,7 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay, fused=True)
     first = load_checkpoint(stage, model, optimizer)
     once(lambda: forget(stage, first))
-    board = open_board(stage.parent / "tensorboard") if train.tensorboard and not int(os.environ.get("RANK", 0)) else None
+    board = open_board(stage.parent) if train.tensorboard and not int(os.environ.get("RANK", 0)) else None
     with progress(range(first, steps), stage.name, steps, "step", first) as bar:
         for step in bar:
             begin = time.perf_counter()
@@ -301,18 +258,12 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
             optimizer.zero_grad()
             seconds = time.perf_counter() - begin
             figures |= {"pairs": counts["pairs"]} | {f"{name}_s": counts[name] / seconds for name in ("unique_tokens", "pairwise_tokens")}
-            line = {"stage": stage.name, "step": step, **{name: float(f"{value:.9g}") for name, value in figures.items()}}
-            if not bar.disable:
-                append(stage.parent / "log.jsonl", json.dumps(line) + "\n")
+            log_step(bar, board, stage, step, figures)
             stopped = stop.asked() if stop else 0
             if stopped or (step + 1) % train.save_every == 0 and step + 1 < steps:
                 save_checkpoint(stage, model, optimizer, step + 1, train.keep)
             if stopped:
                 raise KeyboardInterrupt(stopped)
-            for name, value in figures.items() if board else ():
-                board.add_scalar(f"{stage.name}/{name}", value, step)
-            shown = ("loss", "policy", "reward_accuracy", "mse", "value_accuracy")
-            bar.set_postfix_str(", ".join([f"{name} {figures[name]:.3f}" for name in shown if name in figures] + [f"{figures['unique_tokens_s']:.0f} tokens/s"]), refresh=False)
 
 
 def backward(model: Llama, mine: list[tuple[int, Lesson]], losses: LossConfig, train: TrainConfig, seed: int, step: int):
@@ -379,9 +330,7 @@ def evaluate(job: Job, splits: dict, source: Path, stage: Path, first: Path) -> 
                                             for strategy in STRATEGIES]}
     if splits["valid"]:
         trees = gather(grow_judged(model, job.plain, share(splits["valid"]), job.search, job.run.seed, f"{stage.name} sibling accuracy"))
-        ends = [abs(node.value) > 0.999 for tree in trees for node in tree.nodes[1:]]
-        if sum(ends) > 0.9 * len(ends):
-            print(f"{stage.name}: V is at +-1 for {sum(ends)} of {len(ends)} steps, where tanh passes no gradient; try a lower --tune-lr")
+        warn_saturated(stage.name, trees)
         if stage == first:
             once(lambda: write_trees(first / "valid-trees.jsonl", trees, "w"))
         row["siblings"] = sibling_accuracy(trees)

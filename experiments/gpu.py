@@ -23,10 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from data import SourceConfig, StepTokenizer, join_ranks, run_command, task_tokenizer  # noqa: E402
+from data import SourceConfig, StepTokenizer, run_command, task_tokenizer  # noqa: E402
 from mcts import Driver  # noqa: E402
 from model import Llama, LlamaConfig, TreeCache, save_model  # noqa: E402
 from support.graphs import Graphed  # noqa: E402
+from support.ranks import join_ranks  # noqa: E402
 from svpo import LossConfig, Tree, TreeNode, learn, path  # noqa: E402
 from train import TrainConfig, backward, shard  # noqa: E402
 

@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from data import InputError, read_json, run_command  # noqa: E402
+from data import InputError, run_command  # noqa: E402
 from model import load_model  # noqa: E402
+from support.files import read_json  # noqa: E402
 
 LARGEST = 50_000_000  # bytes of a part
 STRATEGIES = ("greedy", "majority:5", "beam:1,5", "beam:3,5")

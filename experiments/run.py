@@ -21,12 +21,13 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from data import load_splits, parse_args, read_trees, run_command, task_tokenizer, write_trees  # noqa: E402
+from data import parse_args, read_trees, run_command, task_tokenizer, write_trees  # noqa: E402
 from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, rescore, sibling_accuracy  # noqa: E402
 from mcts import Driver, SearchConfig, search_trees  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 from svpo import LossConfig, Tree, path, sibling_pairs  # noqa: E402
 from tasks.deduction import sound  # noqa: E402
+from tasks.questions import load_splits  # noqa: E402
 from train import Job, RunConfig, TrainConfig, train_stage  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"

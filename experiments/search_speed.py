@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import BenchConfig, flags, measure, search_ours  # noqa: E402
+from bench import BenchConfig, flags, measure  # noqa: E402
 from data import SourceConfig, parse_args, read_trees, run_command  # noqa: E402
+from experiments.sides import search_ours  # noqa: E402
 from mcts import SearchConfig  # noqa: E402
 from svpo import InputError  # noqa: E402
 

@@ -16,10 +16,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
-from data import once, publish, settle
-from svpo import InputError
+from model import Llama, save_model
+from support.files import publish, settle
+from support.flags import InputError
+from support.ranks import once
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -115,6 +117,18 @@ def load_checkpoint(stage: Path, model, optimizer) -> int:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"{folder}: it does not fit this model and optimizer ({type(error).__name__}); {remedy}")
     return step
+
+
+def write_model(model: Llama, previous: Path, stage: Path):
+    """The trained model, whole, with the other files of the folder that it comes from."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def save():
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
+            if (previous / name).exists():
+                publish(stage / name, lambda aside, name=name: shutil.copyfile(previous / name, aside))
+        save_model(model, stage, state)  # config.json comes last, so a folder that has it is complete
+    once(save)
 
 
 def forget(stage: Path, step: int):

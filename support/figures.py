@@ -2,7 +2,8 @@
 import json
 from pathlib import Path
 
-from data import read_json, read_trees
+from data import read_trees
+from support.files import read_json
 from support.reports import plot_budget
 from svpo import InputError
 

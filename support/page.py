@@ -2,7 +2,8 @@
 import json
 from pathlib import Path
 
-from data import StepTokenizer, publish, read_json
+from data import StepTokenizer, read_trees
+from support.files import publish, read_json
 from svpo import InputError, Tree, sibling_pairs
 
 LARGEST = 180_000  # bytes of trees on a page
@@ -58,3 +59,11 @@ def write_page(trees: list[Tree], tokenizer: StepTokenizer, out: Path, min_gap: 
     before, _, after = page.replace("DATA_COUNT", json.dumps(count)).partition(">DATA<")
     publish(out, lambda aside: aside.write_text(f"{before}>[{','.join(rows)}]<{after}", encoding="utf-8"))
     return len(rows)
+
+
+def show_trees(path: Path, model: str) -> str:
+    """Draw the trees of a file as a page beside it; what there is to say of it."""
+    trees, out = read_trees(path), path.with_suffix(".html")
+    if not trees:
+        raise InputError(f"{path}: there are no trees in it")
+    return f"{out}: {write_page(trees, find_tokenizer(path, model), out)} of {len(trees)} trees"

@@ -1,12 +1,15 @@
 """What the commands print and draw beside their tables; figures where matplotlib is present."""
+import json
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import StepTokenizer
+from support.files import append
 from support.flags import visible
 from svpo import Tree, path, sibling_pairs
 
@@ -40,10 +43,31 @@ def show_pace(bar: tqdm, driver, root, seconds: float):
     bar.set_postfix_str(f"{driver.steps / seconds:.0f} nodes/s, {driver.sampled_tokens / seconds:.0f} tokens/s{solved}", refresh=False)
 
 
-def open_board(folder: Path):
-    """TensorBoard's writer."""
+def watched(driver, ends, label: str, total: int):
+    """The ends of a driver's searches as they come, with a bar."""
+    begin = time.perf_counter()
+    with progress(ends, label, total, "question") as bar:
+        for end in bar:
+            show_pace(bar, driver, end[1], time.perf_counter() - begin)
+            yield end
+
+
+def open_board(run: Path):
+    """TensorBoard's writer, into a folder of the run."""
     from torch.utils.tensorboard import SummaryWriter  # takes the optional package
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+def log_step(bar: tqdm, board, stage: Path, step: int, figures: dict[str, float]):
+    """A line of log.jsonl, written by rank 0, the same for TensorBoard where it is asked for, and the figures to watch beside the bar."""
+    line = {"stage": stage.name, "step": step, **{name: float(f"{value:.9g}") for name, value in figures.items()}}
+    if not bar.disable:
+        append(stage.parent / "log.jsonl", json.dumps(line) + "\n")
+    for name, value in figures.items() if board else ():
+        board.add_scalar(f"{stage.name}/{name}", value, step)
+    shown = ("loss", "policy", "reward_accuracy", "mse", "value_accuracy")
+    bar.set_postfix_str(", ".join([f"{name} {figures[name]:.3f}" for name in shown if name in figures]
+                                  + [f"{figures['unique_tokens_s']:.0f} tokens/s"]), refresh=False)
 
 
 def describe(trees: list[Tree], tokenizer: StepTokenizer):
@@ -64,6 +88,13 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer):
         node = tree.nodes[index]
         numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})" if "sibling" in label else ""
         print(f"{label:>11}  {visible(tokenizer.tokenizer.decode(node.tokens).strip())}{numbers}", flush=True)
+
+
+def warn_saturated(stage: str, trees: list[Tree]):
+    """Say that V is at its bounds."""
+    ends = [abs(node.value) > 0.999 for tree in trees for node in tree.nodes[1:]]
+    if sum(ends) > 0.9 * len(ends):
+        print(f"{stage}: V is at +-1 for {sum(ends)} of {len(ends)} steps, where tanh passes no gradient; try a lower --tune-lr")
 
 
 def print_table(rows: list[dict], title: str):

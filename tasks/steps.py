@@ -9,7 +9,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from svpo import InputError
+from support.files import read_json
+from support.flags import InputError
 
 BLOCK = re.compile(r"<code>(.*?)</code>(\s*<output>.*?</output>\n?)?", re.DOTALL)  # a block of code, and its output
 SHOWN = 2000  # characters of output that a solution can see
@@ -50,13 +51,28 @@ def run_code(solutions: list[str]) -> list[str]:
         return list(pool.map(one, solutions))
 
 
+def output_tokens(tokenizer, solutions: list[str], room: list[int]) -> list[list[int]]:
+    """Tokens of the output to add to each partial solution, which ends with code; shortened where there is no room for them
+    and for the end of the step."""
+    outputs = dict(zip(dict.fromkeys(solutions), run_code(list(dict.fromkeys(solutions)))))
+    tokenizer.tokenizer.encode_special_tokens, found = True, []  # what is printed is text, whatever it looks like
+    for solution, left in zip(solutions, room):
+        head, tail = "\n"[:not solution.endswith("\n")] + "<output>\n", "\n</output>\n"
+        ids = tokenizer.encode(head + outputs[solution] + tail)
+        if len(ids) > left - 16:
+            start, end = tokenizer.encode(head), tokenizer.encode(tail)
+            ids = start + tokenizer.encode(outputs[solution] or " ")[:max(0, left - 16 - len(start) - len(end))] + end
+        found.append(ids)
+    tokenizer.tokenizer.encode_special_tokens = False
+    return found
+
+
 def chat_template(folder: Path):
     """A function that renders a user's message in the folder's chat template, up to where the assistant begins to write.
 
     The template is the text of chat_template.jinja, or `chat_template` of tokenizer_config.json, rendered in jinja2's
     sandbox as transformers does; InputError where there is none or it fails.
     """
-    from data import read_json  # here, because data.py imports this module
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

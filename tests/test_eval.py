@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from eval import beam_search, best_value, diagnose, majority, plan, samples, sibling_accuracy, soft_auc, tree_search
+from eval import beam_search, best_value, diagnose, majority, plan, samples, sibling_accuracy, tree_search
 from mcts import Node
+from support.diagnosis import soft_auc
 from svpo import InputError, Tree, TreeNode
 
 

@@ -79,13 +79,14 @@ def test_requests_at_the_end_of_a_stage(tmp_path):
     (tmp_path / "last.py").write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
+import support.reports
 import train
-append = train.append
+append = support.reports.append
 def last(path, text):
     append(path, text)
     if '"step": 29,' in text:
         os.kill(os.getpid(), signal.SIGTERM)
-train.append = last
+support.reports.append = last
 sys.argv[0] = "train.py"
 train.run_command(train.main)
 """)

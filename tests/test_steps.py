@@ -16,7 +16,7 @@ from model import Llama
 from svpo import InputError, LossConfig, learn, pack
 from tasks.grading import extract_answer
 from tasks.sandbox import run
-from tasks.steps import chat_template, closed, run_code, split_xml
+from tasks.steps import chat_template, closed, output_tokens, run_code, split_xml
 
 SOLUTION = """<step>
 <p>
@@ -134,7 +134,7 @@ def test_output_is_added_and_cannot_end_itself(xml_tokenizer):
     printed, = run_code([first])
     assert printed == "[stopped: time]"
     assert run_code([f"{first}\n<output>\n{printed}\n</output>\n<code>\nprint(7)\n</code>"]) == ["7"] and time.monotonic() - begin < 30
-    long, = xml_tokenizer.run_code(["<code>print('x' * 500)</code>"], [200])
+    long, = output_tokens(xml_tokenizer, ["<code>print('x' * 500)</code>"], [200])
     text = xml_tokenizer.tokenizer.decode(long)
     assert 150 < len(long) <= 184 and text.startswith("\n<output>\nxxx") and text.endswith("x\n</output>\n")
 

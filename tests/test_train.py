@@ -110,7 +110,7 @@ def test_search_and_answering_alone(run):
                        "--max-step-tokens", "16", cwd=folder)
         assert done.returncode == 0, done.stderr
         assert len({tree.id for tree in read_trees(folder / "trees.jsonl")}) == len(read_trees(folder / "trees.jsonl")) == total
-    done = command(ROOT / "eval.py", "--model", model, "--data", "arithmetic", "--limit", "8", "--sibling-data", "arithmetic:valid", "--sibling-limit", "4", "--strategy",
+    done = command(ROOT / "eval.py", "--model", model, "--data", "arithmetic", "--limit", "8", "--trees", "trees.jsonl", "--strategy",
                    "greedy", "beam:2,2", "--json", "out.json", "--max-step-tokens", "16", cwd=folder)
     assert done.returncode == 0, done.stderr
     row = json.loads((folder / "out.json").read_text())
