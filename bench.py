@@ -1,11 +1,11 @@
 """Speed and memory against peers, on the same weights, questions, pairs and token counts.
 
-    python bench.py search --model FOLDER --data questions.jsonl --prompt prompts/word_problems.txt     `transformers` generate
-    python bench.py gpu                                                     one GPU against its own limits (experiments/gpu.py)
-    python bench.py train --model FOLDER --data questions.jsonl --prompt ... --trees trees.jsonl        TRL's DPOTrainer
+    python bench.py search --model FOLDER --data questions.jsonl --prompt FILE        against `transformers` generate
+    python bench.py train --model FOLDER --data questions.jsonl --trees trees.jsonl   against TRL's DPOTrainer
+    python bench.py gpu                                                               one GPU against its own limits
 
-Each measurement is a process of its own; the sides alternate, and medians are printed. What the sides are stands in experiments/sides.py;
-they need the packages of tests/requirements.txt.
+Each measurement is a process of its own; the sides alternate, and medians are printed. What the sides are stands in
+experiments/sides.py, and for `gpu` in experiments/gpu.py. Needs the packages of tests/requirements.txt.
 """
 import json
 import statistics
@@ -51,9 +51,11 @@ def alternate(stages: tuple, alternations: int, sides: tuple) -> dict[str, dict]
 def compare(stages: tuple, alternations: int, title: str, ours: str, peer: str):
     """Print the medians of two sides and their ratio."""
     median = alternate(stages, alternations, (ours, peer))
-    print(f"\n{title}, medians of {alternations}\n{'':14}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}{'peak MB':>9}")
+    print(f"\n{title}, medians of {alternations}")
+    print(f"{'':14}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}{'peak MB':>9}")
     for side, row in median.items():
-        print(f"{side:14}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}{row['nodes']:8.0f}{row['sampled_tokens']:9.0f}{row['peak_mb']:9.0f}")
+        print(f"{side:14}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}{row['nodes']:8.0f}"
+              f"{row['sampled_tokens']:9.0f}{row['peak_mb']:9.0f}")
     print(f"{'ratio':14}" + "".join(f"{median[ours][key] / median[peer][key]:10.2f}" for key in ("nodes_s", "tokens_s")), flush=True)
     print("fed tokens, prompts included, a sampled token: " + ", ".join(
         f"{side} {row['fed_tokens'] / row['sampled_tokens']:.2f}" for side, row in median.items()), flush=True)
@@ -69,7 +71,8 @@ def compare_training(stages: tuple, alternations: int):
           f"{'':18}{'seconds':>9}{'reference':>11}{'tokens':>9}{'peak MB':>9}{'loss':>12}   ratio of seconds with reference, tokens, peak")
     for side, row in median.items():
         ratios = ", ".join(f"{row[key] / ours[key]:.2f}" for key in ("whole", "processed", "peak_mb"))
-        print(f"{side:18}{row['seconds']:9.1f}{row['reference']:11.1f}{row['processed']:9.0f}{row['peak_mb']:9.0f}{row['loss']:12.6f}   {ratios}")
+        print(f"{side:18}{row['seconds']:9.1f}{row['reference']:11.1f}{row['processed']:9.0f}{row['peak_mb']:9.0f}"
+              f"{row['loss']:12.6f}   {ratios}")
 
 
 def main():

@@ -26,7 +26,8 @@ from tasks.steps import chat_template, run_code, split_xml
 class SourceConfig:
     """Which model, on which questions."""
     model: str = flag("", "model folder, preset or repository id")
-    data: str = flag("", "arithmetic or deduction (built in), with :SPLIT if not test; or benchmarks (NAME[:SPLIT]) and JSONL files of questions", many=True)
+    data: str = flag("", "arithmetic or deduction (built in), with :SPLIT if not test; or benchmarks (NAME[:SPLIT]) and JSONL "
+                         "files of questions", many=True)
     data_dir: str = flag("", "folder of benchmarks, NAME/SPLIT.jsonl; empty: they are downloaded")
     prompt: str = flag("", "file with the text around {question}")
     chat: bool = flag(False, "put the prompt into the model's chat template")
@@ -56,7 +57,8 @@ class StepTokenizer:
     """A tokenizer.json with the prompt template (in a chat template, where `chat` renders one), end-of-text, and where steps end.
 
     A step ends with the token in which a line break follows some visible text, wherever in the token that falls; in XML
-    with the token that closes `</step>`, whatever else that holds. With `tools` the code of XML steps runs where it ends (tasks/steps.py).
+    with the token that closes `</step>`, whatever else that holds. With `tools` the code of XML steps runs where it ends
+    (tasks/steps.py).
     """
     def __init__(self, tokenizer: Tokenizer, eos_ids: list[int], template: str = "{question}\n", chat=None, xml=False, tools=False):
         self.tokenizer, self.eos_ids, self.template, self.chat, self.xml, self.tools = tokenizer, eos_ids, template, chat, xml, tools
@@ -96,7 +98,8 @@ class StepTokenizer:
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that continues another one: some tokenizers put a space before whatever comes first."""
         anchor = "a" if text[0].isspace() else "\n"
-        before, both, alone = (self.tokenizer.encode(part, add_special_tokens=False).ids for part in (anchor, anchor + text, text))
+        before, both, alone = (self.tokenizer.encode(part, add_special_tokens=False).ids
+                               for part in (anchor, anchor + text, text))
         return both[len(before):] if both[:len(before)] == before else alone
 
     def encode_steps(self, solution: str) -> list[tuple[list[int], list[bool]]]:
@@ -149,7 +152,8 @@ def find_source(source: SourceConfig) -> tuple[Path, "StepTokenizer"]:
     if tools and run_code(["<code>6 * 7</code>"]) != ["42"]:
         raise InputError("--tools python: the sandbox does not compute 6 * 7")
     chat = chat_template(folder) if source.chat else None
-    tokenizer = StepTokenizer.load(folder, read_template(source.prompt), chat=chat, xml=xml, tools=tools)  # first: a tokenizer of another model is told by its size
+    # first: a tokenizer of another model is told by its size
+    tokenizer = StepTokenizer.load(folder, read_template(source.prompt), chat=chat, xml=xml, tools=tools)
     if not (folder / "value_head.safetensors").exists():
         print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
     return folder, tokenizer
@@ -159,6 +163,7 @@ def load_source(source: SourceConfig, question_seed: int = 0) -> tuple:
     """The model (model.Llama), its tokenizer and the questions that a command names."""
     questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
     folder, tokenizer = find_source(source)
-    if is_built_in(source.data) and set(tokenizer.eos_ids) & set(tokenizer.encode_prompt(questions[0])):  # what no word covers is end-of-text there
+    # what no word covers is end-of-text in the built-in tasks
+    if is_built_in(source.data) and set(tokenizer.eos_ids) & set(tokenizer.encode_prompt(questions[0])):
         raise InputError(f"--data {source.data}: the tokenizer of {folder} does not know its words; the model is of another task")
     return load_model(folder, device_of(source), getattr(torch, source.dtype), source.seed), tokenizer, questions

@@ -21,7 +21,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, grade, is_correct, load_source, parse_args, read_trees, run_command, to_tree
+from data import Question, SourceConfig, StepTokenizer, extract_answer, grade, is_correct, load_source, parse_args, \
+    read_trees, run_command, to_tree
 from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
 from model import Llama, block_mask, load_model, tree_mask
 from support.diagnosis import diagnose
@@ -167,11 +168,13 @@ def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Que
         text = "".join(step.text for step in node.path()) if node else ""
         stated = extract_answer(node.text) if node and node.ending == "answer" else None
         correct, stage = grade(stated, question.answer)
-        answers.append({"id": question.id, "text": text, "answer": stated, "reference": question.answer, "correct": correct, "graded_by": stage})
+        answers.append({"id": question.id, "text": text, "answer": stated, "reference": question.answer, "correct": correct,
+                        "graded_by": stage})
     answers, count = gather(answers), len(questions)
     costs = {name: sum(gather([getattr(driver, name)])) / count for name in ("sampled_tokens", "fed_tokens", "steps")}
     accuracy = sum(row["correct"] for row in answers) / count
-    return {"strategy": strategy, "questions": count, "accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
+    return {"strategy": strategy, "questions": count, "accuracy": accuracy,
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
             "stated": sum(row["answer"] is not None for row in answers) / count,
             **costs, "seconds": (time.perf_counter() - begin) / count,
             "answers": sorted(answers, key=lambda row: row["id"])}
@@ -227,7 +230,8 @@ def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question
     return list(search_trees(model, tokenizer, questions, dataclasses.replace(search, leaf_value=False), seed, label))
 
 
-def grow_groups(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, count: int, seed: int) -> list[Tree]:
+def grow_groups(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, count: int,
+                seed: int) -> list[Tree]:
     """A tree of `count` samples (temperature 1) for each question, in their order; their ids must differ."""
     driver = Driver(model, tokenizer, questions, search.search_rows, count, 1.0, search, 1, seed, through=search.max_depth, fit=True)
     ends = driver.ends(lambda question, root: sample_group(root, count, grader(question)))
@@ -242,7 +246,8 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
     where there are too few.
     """
     found = [(tree, sibling_pairs(tree)) for tree in trees]
-    shares = [sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs) / len(pairs) for tree, pairs in found if pairs]
+    shares = [sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs) / len(pairs)
+              for tree, pairs in found if pairs]
     return {"trees": len(shares), "accuracy": statistics.fmean(shares) if shares else None,
             "standard_error": statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None}
 
@@ -257,12 +262,14 @@ class EvalConfig:
     trees: str = flag("", "judge the steps of these trees, whose policy is the reference of the implicit reward; best of questions "
                           "not trained on, searched with --no-leaf-value")
     figures: str = flag("", "draw this run folder, RUN/figures.png, and end; needs matplotlib")
-    show: str = flag("", "draw the trees of this file as a page, FILE.html, and end; needs no --data, and --model only where it is not told")
+    show: str = flag("", "draw the trees of this file as a page, FILE.html, and end; needs no --data, and --model only where "
+                         "it is not told")
 
 
 def main():
-    source, config, search, answering = parse_args(__doc__, (SourceConfig, EvalConfig, SearchConfig, AnswerConfig), sys.argv[1:],
-                                                   () if any(word.startswith(("--show", "--figures")) for word in sys.argv) else ("model", "data"))
+    drawing = any(word.startswith(("--show", "--figures")) for word in sys.argv)
+    stages = (SourceConfig, EvalConfig, SearchConfig, AnswerConfig)
+    source, config, search, answering = parse_args(__doc__, stages, sys.argv[1:], () if drawing else ("model", "data"))
     if config.show:
         return print(show_trees(Path(config.show), source.model))
     if config.figures:

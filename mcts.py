@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, grader, load_source, parse_args, resume_trees, run_command, to_tree, write_trees
+from data import Question, SourceConfig, StepTokenizer, extract_answer, grader, load_source, parse_args, resume_trees, \
+    run_command, to_tree, write_trees
 from model import Llama, TreeCache
 from support.files import hold, keep_config
 from support.graphs import Graphed
@@ -135,9 +136,9 @@ def expand(leaf: Node, children: list[Node], max_depth: int):
             child.ending = "deep"
 
 
-def backup(node: Node, value: float):
+def backup(node: Node | None, value: float):
     """Add one evaluation to a node and all its ancestors: N += 1, W += value, undiscounted."""
-    while node is not None:
+    while node:
         node.visit_count += 1
         node.value_sum += value
         node = node.parent
@@ -160,7 +161,8 @@ class Driver:
     it may need; without, a search whose share of the cache is used up receives None for children.
     """
     def __init__(self, model: Llama, tokenizer: StepTokenizer, questions: list[Question], rows: int, lanes: int, temperature: float,
-                 config: SearchConfig, expansions: int, seed: int = 0, paths: int = 1, through: int = 1, fit: bool = False, static: bool | None = None):
+                 config: SearchConfig, expansions: int, seed: int = 0, paths: int = 1, through: int = 1, fit: bool = False,
+                 static: bool | None = None):
         self.model, self.tokenizer, self.temperature, self.seed = model.eval(), tokenizer, temperature, seed
         self.lanes, self.through, self.step_tokens = lanes, through, config.max_step_tokens
         self.device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -179,8 +181,7 @@ class Driver:
             raise InputError(f"--cache-tokens {config.cache_tokens}: {rows} questions at once need at least "
                              f"{rows * (max(lengths) + beside + (places if fit else new))}")
         self.rows = rows = max(1, min(rows, len(questions)))
-        self.slots = max(lengths) + beside
-        self.static = self.device.type == "cuda" if static is None else static
+        self.slots, self.static = max(lengths) + beside, self.device.type == "cuda" if static is None else static
         self.cache = TreeCache(model.config, rows, self.slots + self.static, min(places, self.share - min(lengths)), self.device, dtype)
         self.mask_BNS = np.zeros((rows, lanes, self.slots), dtype=bool)
         self.mask_BNS[:, :, 0] = True  # a lane that sees nothing would compute NaN
@@ -212,11 +213,10 @@ class Driver:
             free = [row for row, search in enumerate(self.searches) if search is None]
             if self.waiting and 8 * len(free) >= self.rows:  # a few at a time: their prompts are fed together
                 yield from self.refill(free, prefix, start)
-            if not self.live.any():
-                continue
-            self.tick()
-            for row in self.complete():
-                yield from self.resume(row, [child for child in self.children[row] if child])
+            if self.live.any():
+                self.tick()
+                for row in self.complete():
+                    yield from self.resume(row, [child for child in self.children[row] if child])
 
     def feed_prompts(self, rows: list[int], prompts: list[list[int]], begin: int) -> Tensor:
         """Feed the prompts from token `begin` on; hidden states (R, D) of their last tokens."""
@@ -287,8 +287,8 @@ class Driver:
         self.uniform_XC[lane], self.given_XC[lane] = rng.random(self.step_tokens), -1
 
     def tick(self):
-        """Sample the next token of every live lane, feed it from a slot of its own, and see whether it ends the step. Where ticks are `static`,
-        dead lanes go along, to a slot that nobody reads: then all ticks that read as many slots have the same shapes."""
+        """Sample the next token of every live lane, feed it from a slot of its own, and see whether it ends the step. Where ticks
+        are `static`, dead lanes go along, to a slot that nobody reads: then all ticks that read as many slots have the same shapes."""
         live = np.flatnonzero(self.live)
         row, column = np.divmod(live, self.lanes)
         count_B, count = np.bincount(row, minlength=self.rows), self.length[live]
@@ -301,8 +301,8 @@ class Driver:
         lanes = np.arange(len(self.live)) if self.static else live
         last, block = self.length[lanes] - 1, 256 if self.static else 64
         used = min(self.slots, -(-int(self.next_slot.max()) // block) * block)
-        found = self.device_tick(*map(self.to_device, (lanes, self.uniform_XC[lanes, last], self.given_XC[lanes, last], self.slot[lanes], self.position[lanes],
-                                                       self.mask_BNS[:, None, :, :used]))).cpu().numpy()
+        inputs = lanes, self.uniform_XC[lanes, last], self.given_XC[lanes, last], self.slot[lanes], self.position[lanes]
+        found = self.device_tick(*map(self.to_device, (*inputs, self.mask_BNS[:, None, :, :used]))).cpu().numpy()
         token, logp, self.value[live] = found[:, live] if self.static else found
         own, token = self.given_XC[live, count] < 0, token.astype(np.int64)
         self.step_XC[live, count] = token
@@ -316,7 +316,7 @@ class Driver:
         self.sampled_tokens += int(own.sum())
         self.fed_tokens += len(live)
 
-    def compute(self, lane_X: Tensor, uniform_X: Tensor, given_X: Tensor, slot_X: Tensor, position_X: Tensor, mask_B1NS: Tensor) -> Tensor:
+    def compute(self, lane_X: Tensor, uniform_X: Tensor, given_X: Tensor, slot_X: Tensor, position_X: Tensor, mask_B1NS: Tensor):
         """The part of a tick that the device does: (token, log-probability, value after it) of each lane, (3, X) in float64."""
         token_X, logp_X = self.tokenizer.draw(self.model.logits(self.hidden_XD[lane_X]).float(), uniform_X, self.temperature)
         token_X = torch.where(given_X < 0, token_X, given_X)
@@ -328,8 +328,9 @@ class Driver:
     def close_tags(self, lanes: np.ndarray) -> list[bool]:
         """Which lanes' XML steps have ended. Where code has, it runs, and what it prints are the lane's next tokens."""
         decode = self.tokenizer.tokenizer.decode
-        parts = [(decode(self.step_XC[lane, :self.length[lane]]), decode(self.step_XC[lane, :self.length[lane] - 1])) for lane in lanes]
-        if ready := [(lane, part[0]) for lane, part in zip(lanes, parts) if self.tokenizer.tools and "<code>" in part[0] and closed("code", *part)]:
+        parts = [tuple(decode(self.step_XC[lane, :self.length[lane] - less]) for less in (0, 1)) for lane in lanes]
+        if ready := [(lane, part[0]) for lane, part in zip(lanes, parts)
+                     if self.tokenizer.tools and "<code>" in part[0] and closed("code", *part)]:
             solutions = ["".join(node.text for node in self.parent[lane].path()) + text for lane, text in ready]
             room = [self.step_tokens - int(self.length[lane]) for lane, _ in ready]
             for (lane, _), given in zip(ready, output_tokens(self.tokenizer, solutions, room)):
@@ -343,7 +344,8 @@ class Driver:
         for lane in ended:
             (row, column), parent, count = divmod(lane, self.lanes), self.parent[lane], int(self.length[lane])
             node = Node(parent, self.step_XC[lane, :count].tolist(), float(self.logp[lane]), float(self.value[lane]),
-                        sampled=(self.given_XC[lane, :count] < 0).tolist(), position=parent.position + count, hidden_D=self.hidden_XD[lane].clone())
+                        sampled=(self.given_XC[lane, :count] < 0).tolist(), position=parent.position + count,
+                        hidden_D=self.hidden_XD[lane].clone())
             node.text = self.tokenizer.tokenizer.decode(node.tokens)
             node.ending = {LINE: None, EOS: "eos", CUT: "cut"}[self.ending[lane]]
             if node.ending != "cut" and extract_answer(node.text) is not None:

@@ -122,7 +122,9 @@ class Block(nn.Module):
         self.recompute = False  # keep only the block's input for the backward pass
 
     def forward(self, *inputs) -> Tensor:
-        return checkpoint(self.block, *inputs, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.block(*inputs)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.block, *inputs, use_reentrant=False)
+        return self.block(*inputs)
 
     def block(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, cache)
@@ -176,10 +178,12 @@ class Llama(nn.Module):
 
     def rotary(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B, T, 1, K) of the rotary angles, computed in float32 from positions: no buffer to lose on meta."""
-        frequency_K = self.config.rope_theta ** -(torch.arange(0, self.config.head_dim, 2, device=position_BT.device).float() / self.config.head_dim)
+        width = self.config.head_dim
+        frequency_K = self.config.rope_theta ** -(torch.arange(0, width, 2, device=position_BT.device).float() / width)
         if scaling := self.config.rope_scaling:  # long waves are stretched, short ones are not (LLaMA 3.1)
             turns_K = scaling["original_max_position_embeddings"] * frequency_K / (2 * math.pi)
-            kept_K = ((turns_K - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])).clamp(0, 1)
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            kept_K = ((turns_K - low) / (high - low)).clamp(0, 1)
             frequency_K = kept_K * frequency_K + (1 - kept_K) * frequency_K / scaling["factor"]
         angle_BT1K = (position_BT[..., None].float() * frequency_K).repeat(1, 1, 2).unsqueeze(2)
         return angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)
@@ -194,7 +198,8 @@ class Llama(nn.Module):
 
     def value(self, hidden: Tensor, dropout: Tensor | None = None) -> Tensor:
         """V in (-1, 1), float32, of the prefix that ends at each hidden state (..., D), which `dropout` is multiplied with."""
-        return torch.tanh(self.value_head(hidden if dropout is None else hidden * dropout.to(hidden.dtype)).squeeze(-1).float())
+        hidden = hidden if dropout is None else hidden * dropout.to(hidden.dtype)
+        return torch.tanh(self.value_head(hidden).squeeze(-1).float())
 
     def forward(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
                 read=None) -> tuple[Tensor, Tensor]:
@@ -238,7 +243,8 @@ class TreeCache:
 
     def at(self, row_X: Tensor, lane_X: Tensor, slot_X: Tensor, lanes: int, length: int, rows_R: Tensor | None = None):
         """Describe the next pass; `row_X` counts among `rows_R` where that is given, among all rows otherwise."""
-        self.row_X, self.lane_X, self.slot_X, self.lanes, self.length, self.rows_R = row_X, lane_X, slot_X, lanes, length, rows_R
+        self.row_X, self.lane_X, self.slot_X, self.rows_R = row_X, lane_X, slot_X, rows_R
+        self.lanes, self.length = lanes, length
         return self
 
     def unroll(self, layer: int, q_1XHK: Tensor, k_1XGK: Tensor, v_1XGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,7 +121,8 @@ def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
     a wrong one of lowest (our choice)."""
     def q(index):
         return statistics.fmean(tree.nodes[step].q_value for step in path(tree, index))
-    correct, wrong = ([index for index, node in enumerate(tree.nodes) if index and node.reward == reward] for reward in (1.0, -1.0))
+    correct, wrong = ([index for index, node in enumerate(tree.nodes) if index and node.reward == reward]
+                      for reward in (1.0, -1.0))
     return [(max(correct, key=q), min(wrong, key=q), 1.0)] if correct and wrong else []
 
 
@@ -237,7 +238,8 @@ def learn(tree: Tree, config: LossConfig) -> Lesson:
     nodes = [dataclasses.replace(tree.nodes[index], parent=place[tree.nodes[index].parent]) for index in kept]
     pairwise = sum(len(tree.nodes[step].tokens) for pair in pairs for side in pair[:2] for step in [0, *path(tree, side[-1])])
     return Lesson(dataclasses.replace(tree, nodes=nodes),
-                  [([place[index] for index in win], [place[index] for index in lose], weight) for win, lose, weight in pairs],
+                  [([place[index] for index in win], [place[index] for index in lose], weight)
+                   for win, lose, weight in pairs],
                   [likelihood[index] for index in kept], [value[index] for index in kept], pairwise)
 
 
@@ -259,9 +261,9 @@ class Batch:
         self.weight_P, self.weight_E = tensor([pair[2] for pair in pairs]), likelihood[0].to(device)
         self.value_E = tensor([float(value) for lesson in lessons for value in lesson.value])
         self.ref_E, self.q_E = (tensor([getattr(node, name) for node in packed.node_E]) for name in ("logp", "q_value"))
-        self.counts = torch.tensor([sum(pair[2] for pair in pairs), likelihood[1][packed.node_M].sum(), self.value_E.sum(), len(pairs),
-                                    sum(len(node.tokens) for node in packed.node_E), sum(lesson.pairwise_tokens for lesson in lessons)],
-                                   dtype=torch.float64)
+        self.counts = torch.tensor([
+            sum(pair[2] for pair in pairs), likelihood[1][packed.node_M].sum(), self.value_E.sum(), len(pairs),
+            sum(len(node.tokens) for node in packed.node_E), sum(lesson.pairwise_tokens for lesson in lessons)], dtype=torch.float64)
 
 
 COUNTS = ("pair_weight", "likelihood_tokens", "value_nodes", "pairs", "unique_tokens", "pairwise_tokens")  # Batch.counts
@@ -275,15 +277,18 @@ def loss_sums(logp_M: Tensor, value_E: Tensor, node_M: Tensor, batch: Batch, con
     objective, weight_P = OBJECTIVES[config.objective], batch.weight_P
     policy_E = step_logp(logp_M, node_M, len(value_E))
     (policy_win_P, policy_lose_P), (ref_win_P, ref_lose_P) = (
-        [x_E.new_zeros(len(weight_P)).index_add(0, pair_X, x_E[node_X]) for node_X, pair_X in batch.sides] for x_E in (policy_E, batch.ref_E))
+        [x_E.new_zeros(len(weight_P)).index_add(0, pair_X, x_E[node_X]) for node_X, pair_X in batch.sides]
+        for x_E in (policy_E, batch.ref_E))
     value_win_P, value_lose_P = value_E[batch.win_P], value_E[batch.lose_P]
-    reward_win_P, reward_lose_P = (config.beta * gain_P.detach() for gain_P in (policy_win_P - ref_win_P, policy_lose_P - ref_lose_P))
+    reward_win_P = config.beta * (policy_win_P - ref_win_P).detach()
+    reward_lose_P = config.beta * (policy_lose_P - ref_lose_P).detach()
     terms = {"policy": weight_P * objective.preference(policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta),
              "sft": -batch.weight_E[node_M] * logp_M,
              "mse": batch.value_E * value_mse(value_E, batch.q_E),
              "margin": objective.value * weight_P * value_margin(value_win_P, value_lose_P, config.margin),
              "win_reward": weight_P * reward_win_P, "lose_reward": weight_P * reward_lose_P,
-             "reward_accuracy": weight_P * (reward_win_P > reward_lose_P), "value_accuracy": weight_P * (value_win_P > value_lose_P),
+             "reward_accuracy": weight_P * (reward_win_P > reward_lose_P),
+             "value_accuracy": weight_P * (value_win_P > value_lose_P),
              "value_error": batch.value_E * (value_E - batch.q_E).detach().abs()}
     return {name: term.sum() for name, term in terms.items()}
 

@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data import SourceConfig, StepTokenizer, find_folder, find_source, parse_args, read_template, read_trees, resume_trees, run_command, solution_tree, \
-    task_tokenizer, write_trees
+from data import SourceConfig, StepTokenizer, find_folder, find_source, parse_args, read_template, read_trees, resume_trees, \
+    run_command, solution_tree, task_tokenizer, write_trees
 from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, passes, rescore, score, sibling_accuracy
 from mcts import SearchConfig, search_trees
 from model import Llama, LlamaConfig, load_model, save_model
@@ -38,7 +38,8 @@ from support.reference import add_reference
 from support.reports import describe, log_step, open_board, print_table, progress, warn_saturated
 from support.run_folder import check_flags, check_lengths, open_run
 from support.tree_files import check_tokens
-from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, total_loss
+from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, \
+    total_loss
 from tasks.questions import load_splits
 
 STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
@@ -54,7 +55,8 @@ class RunConfig(SourceConfig):
     data: str = flag("arithmetic", "arithmetic or deduction (built in), or benchmarks and JSONL files of training questions", many=True)
     limit: int = flag(0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0)
     seed: int = flag(0, "seed of weights, questions, sampling and data order")
-    train_prompt: str = flag("", "prompt to train, answer, and search a trained model under; --prompt is then for the untrained one")
+    train_prompt: str = flag("", "prompt to train, answer, and search a trained model under; --prompt is then for the "
+                                 "untrained one")
     test_data: str = flag("", "test questions; empty: the last fifth of --data is held out", many=True)
     test_limit: int = flag(500, "answer at most N test questions", least=1)
     sft_questions: int = flag(7000, "built-in task: worked solutions", least=1)
@@ -137,9 +139,11 @@ class Job:
 
 
 def check_splits(run: RunConfig, train: TrainConfig, search: SearchConfig, splits: dict) -> tuple[StepTokenizer, StepTokenizer]:
-    """The tokenizers of a Job. What does not fit, SFT without solutions and a checkpoint that does not load are refused: nothing is written yet."""
+    """The tokenizers of a Job. What does not fit, SFT without solutions and a checkpoint that does not load are refused:
+    nothing is written yet."""
     if run.model == "tiny":
-        tokenizer, context = StepTokenizer(task_tokenizer(run.data), [0], read_template(run.prompt)), TINY["max_position_embeddings"]
+        tokenizer = StepTokenizer(task_tokenizer(run.data), [0], read_template(run.prompt))
+        context = TINY["max_position_embeddings"]
     else:
         folder, tokenizer = find_source(run)
         context = load_model(folder, "meta").config.max_position_embeddings
@@ -232,7 +236,8 @@ def whole(model: Llama, dtype: str) -> Llama:
         return model
     with torch.device("meta"):
         copy = Llama(model.config)
-    copy.load_state_dict({name: parameter.detach().to(getattr(torch, dtype)).full_tensor() for name, parameter in model.named_parameters()}, assign=True)
+    state = {name: parameter.detach().to(getattr(torch, dtype)).full_tensor() for name, parameter in model.named_parameters()}
+    copy.load_state_dict(state, assign=True)
     return copy
 
 
@@ -250,14 +255,16 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
             figures["grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                raise InputError(f"{stage.name}, step {step}: the loss is {figures['loss']}, its gradient norm {figures['grad_norm']}; the last "
-                                 "checkpoint is kept; start again with another --out and a lower learning rate")
+                raise InputError(f"{stage.name}, step {step}: the loss is {figures['loss']}, its gradient norm "
+                                 f"{figures['grad_norm']}; the last checkpoint is kept; start again with another --out and a lower "
+                                 "learning rate")
             for group in optimizer.param_groups:
                 group["lr"] = figures["lr"] = lr * schedule(step, steps, train.warmup)
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - begin
-            figures |= {"pairs": counts["pairs"]} | {f"{name}_s": counts[name] / seconds for name in ("unique_tokens", "pairwise_tokens")}
+            figures |= {"pairs": counts["pairs"]}
+            figures |= {f"{name}_s": counts[name] / seconds for name in ("unique_tokens", "pairwise_tokens")}
             log_step(bar, board, stage, step, figures)
             stopped = stop.asked() if stop else 0
             if stopped or (step + 1) % train.save_every == 0 and step + 1 < steps:
@@ -284,8 +291,10 @@ def backward(model: Llama, mine: list[tuple[int, Lesson]], losses: LossConfig, t
     for group, batch in zip(groups, batches):
         dropout_ED = None
         if OBJECTIVES[losses.objective].value:  # the same for a tree wherever it is computed
-            dropout_ED = torch.cat([torch.rand(len(lesson.tree.nodes), model.config.hidden_size, generator=torch.Generator().manual_seed(
-                zlib.crc32(f"{seed} {step} {place}".encode()))) for place, lesson in group]).ge(DROPOUT).to(device) / (1 - DROPOUT)
+            seeds = [zlib.crc32(f"{seed} {step} {place}".encode()) for place, _ in group]
+            uniform = [torch.rand(len(lesson.tree.nodes), model.config.hidden_size, generator=torch.Generator().manual_seed(own))
+                       for own, (_, lesson) in zip(seeds, group)]
+            dropout_ED = torch.cat(uniform).ge(DROPOUT).to(device) / (1 - DROPOUT)
         sums = loss_sums(*score(model, batch.packed, batch.needed_E, dropout_ED), batch, losses)
         loss = total_loss(sums, counts, losses)
         (loss * ranks).backward()  # FSDP takes the mean over ranks
@@ -308,7 +317,8 @@ def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: i
     once(lambda: None)  # all have read, before anybody writes
     left = share(question for question in questions if question.id not in done)
     prompted = job.plain if number > 1 or job.train.sft_steps else job.tokenizer  # once the policy is trained, under its prompt
-    write_trees(stage / f"trees-{rank}.jsonl", search_trees(model, prompted, left, job.search, job.run.seed + number, f"{stage.name} search"))
+    new = search_trees(model, prompted, left, job.search, job.run.seed + number, f"{stage.name} search")
+    write_trees(stage / f"trees-{rank}.jsonl", new)
     once(lambda: None)
     found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
     trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
@@ -326,10 +336,12 @@ def evaluate(job: Job, splits: dict, source: Path, stage: Path, first: Path) -> 
     if path.exists():
         return read_json(path)
     model = job.load(source)
-    row = {"stage": stage.name, "answers": [answer_questions(model, job.plain, splits["test"], strategy, job.search, job.answering, job.run.seed)
-                                            for strategy in STRATEGIES]}
+    answers = [answer_questions(model, job.plain, splits["test"], strategy, job.search, job.answering, job.run.seed)
+               for strategy in STRATEGIES]
+    row = {"stage": stage.name, "answers": answers}
     if splits["valid"]:
-        trees = gather(grow_judged(model, job.plain, share(splits["valid"]), job.search, job.run.seed, f"{stage.name} sibling accuracy"))
+        mine, label = share(splits["valid"]), f"{stage.name} sibling accuracy"
+        trees = gather(grow_judged(model, job.plain, mine, job.search, job.run.seed, label))
         warn_saturated(stage.name, trees)
         if stage == first:
             once(lambda: write_trees(first / "valid-trees.jsonl", trees, "w"))
