@@ -113,6 +113,7 @@ def test_benchmark_in_tiny_mode(work):
         else:
             assert found["sampled_tokens"] == 32 * 4
     assert "matrix products" in finish(start(ROOT / "experiments" / "search_speed.py", "profile", *words, cwd=folder))
+    assert "two ranks" in finish(start(ROOT / "experiments" / "search_speed.py", "ranks", *words, cwd=folder))
 
 
 def test_the_7b_command_on_a_tiny_model(tmp_path):
