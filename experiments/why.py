@@ -1,6 +1,6 @@
 """Why it works or fails: what Q and V know, by depth and stage, of the runs of experiments/run.py.
 
-    python experiments/why.py --seed 0          the models of runs/experiments/seed0 and of its row "svpo" in table objectives
+    python experiments/why.py --seed 0          the models of runs/experiments/seed0, of row "svpo" in table objectives and of "3 rounds" in ablation
 
 Appends to experiments/why.jsonl: loss curves of three rows; pairs a tree by depth; V, implicit reward and mean log-probability as judges of siblings, by depth, with
 calibration; and how Q of the search agrees with 64 roll-outs of the same policy from each of 200 nodes.
@@ -95,7 +95,11 @@ def main():
         if (config.runs / f"{name}-{config.seed}" / "log.jsonl").exists():
             add({"curves": name.partition("-")[2], "seed": config.seed, "commit": commit, **curves(config.runs / f"{name}-{config.seed}")})
     valid = load_questions("arithmetic:valid", 300, config.seed)
-    for stage, folder in (("sft", config.runs / f"seed{config.seed}" / "sft"), ("round 1", config.runs / f"objectives-svpo-{config.seed}" / "round1")):
+    for stage, folder in (("sft", config.runs / f"seed{config.seed}" / "sft"), ("round 1", config.runs / f"objectives-svpo-{config.seed}" / "round1"),
+                          ("round 3", config.runs / f"ablation-3-rounds-{config.seed}" / "round3")):
+        if not folder.exists():
+            print(f"{folder} is not there: run the table that it belongs to")
+            continue
         model, tokenizer = load_model(folder), StepTokenizer.load(folder)
         trees = grow_judged(model, tokenizer, valid, SEARCH, config.seed)
         searched = {"its own policy": trees}
