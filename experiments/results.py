@@ -76,8 +76,7 @@ def by_size(rows: list[dict]) -> dict[str, list[dict]]:
             if name == "svpo" and ("sft", seed) in mine:
                 sft, greedy, beam = mine["sft", seed], 100 * after["figures"]["greedy"], 100 * after["figures"]["beam:3,5"]
                 found.setdefault(size, []).append({"SFT, greedy": 100 * sft["figures"]["greedy"], "SVPO, greedy": greedy, "gain": greedy - 100 * sft["figures"]["greedy"],
-                                                   "SVPO, SBS(3,5)": beam, "over greedy": beam - greedy, "siblings fixed": after["siblings_fixed"],
-                                                   "seconds": after["training_seconds"]})
+                                                   "SVPO, SBS(3,5)": beam, "over greedy": beam - greedy, "siblings fixed": after["siblings_fixed"]})
     return found
 
 
@@ -146,7 +145,9 @@ def draw_scale(pyplot, rows: list[dict]):
         for heading in headings:
             errorbars(axes, [count_parameters(size) for size in found], [[seed[heading] for seed in seeds] for seeds in found.values()],
                       {"gain": "SVPO over SFT, both greedy", "over greedy": "SBS(3,5) over greedy, both SVPO"}.get(heading, heading), marker="o")
-        axes.set(xscale="log", xlabel="parameters", ylabel="accuracy in %" if "gain" not in headings else "points")
+        axes.set(xscale="log", xlabel="parameters, log scale", ylabel="accuracy in %" if "gain" not in headings else "points")
+        axes.set_xticks([count_parameters(size) for size in found], list(found))
+        axes.minorticks_off()
         axes.legend()
     pair[1].axhline(0, color="grey", linewidth=0.8)
     return chart
