@@ -95,14 +95,16 @@ def why_tables(rows: list[dict]) -> str:
     lines = []
     for stage, trees in kinds:
         mine = [row for row in measured if (row["stage"], row["trees"]) == (stage, trees)]
-        for depth in range(1, 1 + max(entry["depth"] for row in mine for entry in row["diagnosis"]["by_depth"])):
-            entries = [entry for row in mine for entry in row["diagnosis"]["by_depth"] if entry["depth"] == depth]
-            lines.append([f"{stage}, {trees}", str(depth), mean([entry["pairs_a_tree"] for entry in entries], 2)]
-                         + [mean([entry[judge] for entry in entries], 3) for judge in ("value", "implicit_reward", "mean_logp")])
+        depths = [{entry["depth"]: entry for entry in row["diagnosis"]["by_depth"]} for row in mine]
+        for depth in sorted(set.intersection(*map(set, depths))):  # those that all seeds have
+            entries = [found[depth] for found in depths]
+            judges = {judge: mean([entry[judge] for entry in entries], 3) for judge in ("value", "implicit_reward", "mean_logp")}
+            judges |= {} if trees == "the sft policy" else {"implicit_reward": "-"}  # a policy that is its own reference
+            lines.append([f"{stage}, {trees}", str(depth), mean([entry["pairs_a_tree"] for entry in entries], 2), *judges.values()])
     first = lay_out(["model, trees of", "depth", "pairs a tree", "V", "implicit reward", "mean log-probability"], lines)
     lines = []
     for stage, trees in kinds:
-        mine = [row for row in measured if (row["stage"], row["trees"]) == (stage, trees)]
+        mine = [row for row in measured if (row["stage"], row["trees"]) == (stage, trees) and "q" in row]
         for label, pick in (("Q", lambda row: row["q"]), *((f"Q, depth {depth}", lambda row, depth=depth: row["by_depth"][str(depth)]) for depth in (1, 2, 3)), ("V", lambda row: row["v"])):
             found = [pick(row) for row in mine if pick(row)]
             if found:
@@ -154,7 +156,7 @@ def draw_scale(pyplot, rows: list[dict]):
 
 
 def draw_why(pyplot, rows: list[dict]):
-    """Q against roll-outs, calibration of V, and two runs whose losses fall."""
+    """Q against roll-outs, calibration of V, and the preference loss of runs that fare differently."""
     measured, logs = [row for row in rows if "stage" in row], [row for row in rows if "curves" in row and row["seed"] == 0]
     chart, ((left, right), (low, high)) = pyplot.subplots(2, 2, figsize=(10, 8))
     for stage, trees, marker in (("sft", "its own policy", "o"), ("sft", "training", "x")):
@@ -171,10 +173,10 @@ def draw_why(pyplot, rows: list[dict]):
     for row in logs:
         low.plot(row["step"], row["win_reward"], label=f"{row['curves']}, winners")
         low.plot(row["step"], row["lose_reward"], linestyle="--", color=low.lines[-1].get_color(), label=f"{row['curves']}, losers")
-        high.plot(row["step"], row["grad_norm"], label=row["curves"])
-    low.set(xlabel="step", ylabel="log pi - log ref, mean a token", title="implicit reward")
-    high.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log", title="stable and unstable")
-    low.legend()
+        high.plot(row["step"], row["policy"], label=row["curves"])
+    low.set(xlabel="step", ylabel="beta (log pi - log ref) of a step", title="implicit reward")
+    high.set(xlabel="step", ylabel="-log sigmoid", title="preference loss")
+    low.legend(fontsize=8, loc="center right")
     high.legend()
     return chart
 

@@ -91,28 +91,28 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     config = parser.parse_args()
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    mark = {"seed": config.seed, "commit": commit}
     for name in ("objectives-svpo", "objectives-step-dpo", "ablation-ten-times-the-learning-rate"):
         if (config.runs / f"{name}-{config.seed}" / "log.jsonl").exists():
-            add({"curves": name.partition("-")[2], "seed": config.seed, "commit": commit, **curves(config.runs / f"{name}-{config.seed}")})
-    valid = load_questions("arithmetic:valid", 300, config.seed)
+            add({"curves": name.partition("-")[2], **mark, **curves(config.runs / f"{name}-{config.seed}")})
+    valid, first = load_questions("arithmetic:valid", 300, config.seed), None
     for stage, folder in (("sft", config.runs / f"seed{config.seed}" / "sft"), ("round 1", config.runs / f"objectives-svpo-{config.seed}" / "round1"),
                           ("round 3", config.runs / f"ablation-3-rounds-{config.seed}" / "round3")):
-        if not folder.exists():
-            print(f"{folder} is not there: run the table that it belongs to")
-            continue
         model, tokenizer = load_model(folder), StepTokenizer.load(folder)
         trees = grow_judged(model, tokenizer, valid, SEARCH, config.seed)
         searched = {"its own policy": trees}
         if stage == "sft":  # those that a round is trained on, with V in the search
-            searched["training"] = read_trees(config.runs / f"seed{config.seed}" / "trees.jsonl")[:300]
+            first, searched["training"] = trees, read_trees(config.runs / f"seed{config.seed}" / "trees.jsonl")[:300]
+        else:  # the same pairs for all; their policy is the reference of the implicit reward
+            add({"stage": stage, "trees": "the sft policy", **mark, "diagnosis": diagnose(first, rescore(model, first))})
         for name, grown in searched.items():
             judged = rescore(model, grown)
             with_values = [replace(tree, nodes=[replace(node, value=new.value) for node, new in zip(tree.nodes, scored.nodes)])
                            for tree, scored in zip(grown, judged)]
             rows = roll_outs(model, tokenizer, with_values, 200, 64, config.seed)
-            line = {"stage": stage, "trees": name, "seed": config.seed, "commit": commit, "diagnosis": diagnose(grown, judged),
-                    "q": agreement(rows, "q"), "v": agreement(rows, "v"),
-                    "by_depth": {depth: agreement([row for row in rows if row["depth"] == depth], "q") for depth in (1, 2, 3)}, "nodes": [{name: value and round(value, 3) for name, value in row.items()} for row in rows] if config.seed == 0 else []}
+            line = {"stage": stage, "trees": name, **mark, "diagnosis": diagnose(grown, judged), "q": agreement(rows, "q"), "v": agreement(rows, "v"),
+                    "by_depth": {depth: agreement([row for row in rows if row["depth"] == depth], "q") for depth in (1, 2, 3)},
+                    "nodes": [{name: value and round(value, 3) for name, value in row.items()} for row in rows] if config.seed == 0 else []}
             add(line)
             print(f"{stage}, trees of {name}: Q {line['q']}, V {line['v']}")
 
