@@ -176,7 +176,7 @@ def draw_why(pyplot, rows: list[dict]):
         high.plot(row["step"], row["policy"], label=row["curves"])
     low.set(xlabel="step", ylabel="beta (log pi - log ref) of a step", title="implicit reward")
     high.set(xlabel="step", ylabel="-log sigmoid", title="preference loss")
-    low.legend(fontsize=8, loc="center right")
+    low.legend(fontsize=8, loc=(0.42, 0.25))
     high.legend()
     return chart
 
