@@ -28,6 +28,10 @@ COLUMNS = {  # table -> its columns
                                     "ms, SBS(3,5)": lambda row: 1000 * row["answers"]["beam:3,5"]["seconds"]},
     "transfer": ANSWERS | SIBLINGS | {"wholly sound": lambda row: 100 * row["sound"], "of the right, unsound": lambda row: 100 * row["right_with_wrong_steps"]},
 }
+SEARCHED = (  # of table "transfer": heading, figure, factor, digits
+    ("right answers after an unsound step, %", "right_with_wrong_steps", 100, 1), ("mean Q of steps that are sound, as all before them are", "q_of_sound", 1, 2),
+    ("mean Q of the others", "q_of_unsound", 1, 2), ("the others with Q > 0, %", "unsound_with_positive_q", 100, 1),
+    ("pairs of a sound and an unsound sibling that prefer the sound one, %", "sound_preferred", 100, 1))
 PRECISION = {"siblings own": 3, "siblings fixed": 3, "unique tokens, millions": 2, "sampled tokens, millions": 2, "seconds": 0}
 SIZES = ("28 k", "97 k", "297 k", "666 k")  # of run.py; 297 k is the tiny model of the other tables
 NOTES = {
@@ -63,7 +67,10 @@ def table(rows: list[dict]) -> str:
     lines = [[label, *(mean([figure(row) for row in rows if row["row"] == label], PRECISION.get(heading, 1)) for heading, figure in COLUMNS[name].items()),
               *(mean([100 * (row["figures"][key] - base[row["seed"]][key]) for row in rows if row["row"] == label and row["seed"] in base], 1) for key in paired.values())]
              for label in dict.fromkeys(row["row"] for row in rows)]
-    return "\n".join(lay_out(["", *COLUMNS[name], *paired], lines) + source(rows, f"python experiments/run.py {name}", name))
+    searched = [row["search"] for row in rows if row["row"] == "svpo" and "search" in row]  # the trees that all rows of a seed learn from
+    more = ["", *lay_out(["in the trees", "mean over seeds"], [[heading, mean([factor * found[key] for found in searched], digits)]
+                                                              for heading, key, factor, digits in SEARCHED])] if searched else []
+    return "\n".join(lay_out(["", *COLUMNS[name], *paired], lines) + more + source(rows, f"python experiments/run.py {name}", name))
 
 
 def by_size(rows: list[dict]) -> dict[str, list[dict]]:

@@ -61,8 +61,7 @@ TABLES = {  # table -> row -> flags of train.py. "sft" is the common start; a ro
     "compute": {f"{name}, {passes} pass{'es'[:2 * (passes > 1)]}": ["--objective", name, "--tune-epochs", str(passes)]
                 for name, passes in (("grpo", 1), ("grpo", 2), ("rft", 2), ("rft", 4), ("svpo", 2), ("svpo", 4))},
 }
-TABLES["transfer"] = {"sft": None, **{name: ["--objective", name] for name in ("rft", "alphamath", "svpo")},
-                      **{f"{name}, 3 rounds": ["--objective", name, "--rounds", "3"] for name in ("rft", "svpo")}}
+TABLES["transfer"] = {"sft": None, **{name: ["--objective", name] for name in ("rft", "alphamath", "svpo")}}
 COMMON = {"transfer": ["--data", "deduction", "--sft-questions", "30000", "--sft-batch", "128", "--sft-steps", "1000"]}  # table -> flags of all its rows
 SIZES = {  # name -> what differs from train.TINY (297 k parameters)
     "28 k": dict(hidden_size=24, intermediate_size=72, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=12),
