@@ -68,7 +68,6 @@ class StepTokenizer:
                                        [index in eos_ids, "\n" in text, bool(text.strip()), bool(text.partition("\n")[0].strip())]
                                        for index, text in enumerate(texts)]).T.contiguous()
 
-
     @staticmethod
     def load(folder: str | Path, template: str = "{question}\n", **more) -> "StepTokenizer":
         """Of a folder in Hugging Face's layout."""

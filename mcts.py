@@ -37,11 +37,11 @@ from tasks.steps import closed, output_tokens
 class SearchConfig:
     """Tree search. Defaults are our choice; AlphaMath's values stand in the help."""
     simulations: int = flag(16, "simulations a question at most; AlphaMath: 40", built_in=12, least=1)
-    expand_width: int = flag(4, "children sampled at once (B2 of a search); AlphaMath: 5", least=1)
-    c_puct: float = flag(1.25, "c_puct, weight of exploration; AlphaMath: 1.25 in the paper, 1.5 in the code", least=0)
+    expand_width: int = flag(4, "children sampled at once; AlphaMath: 5", least=1)
+    c_puct: float = flag(1.25, "weight of exploration (c_puct); AlphaMath: 1.25 in the paper, 1.5 in the code", least=0)
     max_depth: int = flag(8, "steps of a solution at most; AlphaMath: 8", built_in=5, least=1)
     max_step_tokens: int = flag(64, "tokens of a step at most; longer ones are cut and wrong", built_in=16, least=1)
-    search_temperature: float = flag(1.0, "tau, temperature of sampling; AlphaMath: 0.6 in round 1, then 1.0", built_in=0.7, least=0)
+    search_temperature: float = flag(1.0, "temperature of sampling (tau); AlphaMath: 0.6 in round 1, then 1.0", built_in=0.7, least=0)
     leaf_value: bool = flag(True, "back up V of each expanded leaf; without it outcomes alone")
     search_rows: int = flag(8, "questions searched at once", built_in=128, least=1)
     cache_tokens: int = flag(32768, "tokens that the cache holds, over all questions searched at once", built_in=131072, least=1)

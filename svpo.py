@@ -59,12 +59,12 @@ class Tree:
 class LossConfig:
     """The objective. All weights and thresholds are our choice: the paper's constants are unknown."""
     objective: str = flag("svpo", "svpo, step-dpo, dpo (whole solutions), rft, alphamath or grpo")
-    beta: float = flag(0.3, "beta of DPO, strength of the reference; CPL: 0.3", least=0)
+    beta: float = flag(0.3, "strength of the reference in DPO (beta); CPL: 0.3", least=0)
     policy_weight: float = flag(0.5, "weight of the preference loss (a_policy)", built_in=0.05, least=0)
     sft_weight: float = flag(0.5, "weight of the likelihood of good steps (a_sft)", built_in=1.0, least=0)
     mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0)
     margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)", least=0)
-    margin: float = flag(0.5, "m: V_win - V_lose that the margin loss asks for", least=0)
+    margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for (m)", least=0)
     pairs: str = flag("all", "all: every pair of siblings that qualifies; best: one pair a parent", choices=("all", "best"))
     min_gap: float = flag(0.5, "least Q_win - Q_lose of a pair", least=0)
 

@@ -76,7 +76,7 @@ class TrainConfig:
     tune_epochs: int = flag(2, "passes over a round's trees", least=1)
     tune_batch: int = flag(4, "trees a step, over all ranks", built_in=8, least=1)
     tune_lr: float = flag(1e-5, "peak learning rate on trees", built_in=5e-4, least=0)
-    group: int = flag(8, "G of grpo: solutions sampled of each question", least=2)
+    group: int = flag(8, "grpo: solutions sampled of each question (G)", least=2)
     row_tokens: int = flag(0, "pack trees into rows of this many tokens; 0: of the largest tree", built_in=256, least=0)
     pack_tokens: int = flag(0, "tokens of one forward and backward pass, whole trees; 0: a rank's share of the step", least=0)
     recompute: bool = flag(False, "keep only the blocks' inputs for the backward pass (activation checkpointing)")

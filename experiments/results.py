@@ -112,9 +112,11 @@ def why_tables(rows: list[dict]) -> str:
     lines = []
     for stage, trees in kinds:
         mine = [row for row in measured if (row["stage"], row["trees"]) == (stage, trees) and "q" in row]
-        for label, pick in (("Q", lambda row: row["q"]), *((f"Q, depth {depth}", lambda row, depth=depth: row["by_depth"][str(depth)]) for depth in (1, 2, 3)), ("V", lambda row: row["v"])):
+        picks = {"Q": lambda row: row["q"], "Q, roll-outs within 0.9": lambda row: row["undecided"], "Q, depth 1": lambda row: row["by_depth"]["1"],
+                 "Q, depth 2": lambda row: row["by_depth"]["2"], "V": lambda row: row["v"]}
+        for label, pick in picks.items():
             found = [pick(row) for row in mine if pick(row)]
-            if found:
+            if mine and len(found) == len(mine):  # those that all seeds have
                 lines.append([f"{stage}, {trees}", label, *(mean([part[name] for part in found], 3) for name in ("correlation", "error", "same_sign")),
                               mean([row["diagnosis"]["calibration_error"] for row in mine], 3) if label == "V" else ""])
     second = lay_out(["model, trees of", "against 64 roll-outs", "correlation", "mean absolute error", "same sign", "calibration error"], lines)

@@ -2,7 +2,7 @@
 
     python experiments/why.py --seed 0          the models of runs/experiments/seed0, of row "svpo" in table objectives and of "3 rounds" in ablation
 
-Appends to experiments/why.jsonl: loss curves of three rows; pairs a tree by depth; V, implicit reward and mean log-probability as judges of siblings, by depth, with
+Writes lines of experiments/why.jsonl: loss curves of four rows; pairs a tree by depth; V, implicit reward and mean log-probability as judges of siblings, by depth, with
 calibration; and how Q of the search agrees with 64 roll-outs of the same policy from each of 200 nodes.
 """
 import argparse
@@ -23,6 +23,7 @@ from data import Question, StepTokenizer, load_questions, parse_args, read_trees
 from eval import diagnose, grow_judged, rescore  # noqa: E402
 from mcts import Driver, SearchConfig, grader  # noqa: E402
 from model import load_model  # noqa: E402
+from support.files import publish  # noqa: E402
 from svpo import path  # noqa: E402
 from train import RunConfig  # noqa: E402
 
@@ -58,22 +59,23 @@ def roll_outs(model, tokenizer: StepTokenizer, trees: list, nodes: int, count: i
 
 
 def agreement(rows: list[dict], key: str) -> dict | None:
-    """Correlation with the roll-outs, mean absolute error, and how often the sign is the same where the roll-outs are beyond 0.25; None of a few rows."""
-    if len(rows) < 10:
-        return None
+    """Correlation with the roll-outs, mean absolute error, and how often the sign is the same where the roll-outs are beyond 0.25; None of a few
+    rows, or of rows that do not differ."""
     true, found = np.array([row["monte_carlo"] for row in rows]), np.array([row[key] for row in rows])
+    if len(rows) < 10 or not true.std() or not found.std():
+        return None
     clear = np.abs(true) > 0.25
     return {"correlation": float(np.corrcoef(true, found)[0, 1]), "error": float(np.abs(true - found).mean()),
             "same_sign": float((np.sign(found) == np.sign(true))[clear].mean()) if clear.any() else None, "nodes": len(rows)}
 
 
 def add(line: dict):
-    """Add a line, in the place of one of the same stage, trees, row and seed."""
+    """Add a line, in the place of one of the same stage, trees, row and seed; one process at a time."""
     path = HERE / "why.jsonl"
     rows = [json.loads(old) for old in path.read_text().splitlines()] if path.exists() else []
     keys = ("stage", "trees", "curves", "seed")
     rows = [row for row in rows if [row.get(key) for key in keys] != [line.get(key) for key in keys]] + [line]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    publish(path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
 
 def curves(folder: Path, width: int = 25) -> dict[str, list]:
@@ -92,7 +94,7 @@ def main():
     config = parser.parse_args()
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     mark = {"seed": config.seed, "commit": commit}
-    for name in ("objectives-svpo", "objectives-step-dpo", "ablation-ten-times-the-learning-rate"):
+    for name in ("objectives-svpo", "objectives-step-dpo", "ablation-outcomes-only", "ablation-ten-times-the-learning-rate"):
         if (config.runs / f"{name}-{config.seed}" / "log.jsonl").exists():
             add({"curves": name.partition("-")[2], **mark, **curves(config.runs / f"{name}-{config.seed}")})
     valid, first = load_questions("arithmetic:valid", 300, config.seed), None
@@ -110,7 +112,9 @@ def main():
             with_values = [replace(tree, nodes=[replace(node, value=new.value) for node, new in zip(tree.nodes, scored.nodes)])
                            for tree, scored in zip(grown, judged)]
             rows = roll_outs(model, tokenizer, with_values, 200, 64, config.seed)
+            open_ended = [row for row in rows if abs(row["monte_carlo"]) <= 0.9]  # the policy may still end right or wrong there
             line = {"stage": stage, "trees": name, **mark, "diagnosis": diagnose(grown, judged), "q": agreement(rows, "q"), "v": agreement(rows, "v"),
+                    "undecided": agreement(open_ended, "q"),
                     "by_depth": {depth: agreement([row for row in rows if row["depth"] == depth], "q") for depth in (1, 2, 3)},
                     "nodes": [{name: value and round(value, 3) for name, value in row.items()} for row in rows] if config.seed == 0 else []}
             add(line)

@@ -9,7 +9,7 @@ from svpo import InputError
 
 
 def draw_run(folder: Path, judge) -> Path:
-    """Draw RUN/figures.png; needs matplotlib. `judge(model folder, trees)` is a diagnosis (eval.diagnose) of the trees by that model."""
+    """Draw RUN/figures.png; needs matplotlib. `judge(model folder, trees)` is a diagnosis (support.diagnosis) of the trees by that model."""
     try:
         import matplotlib
     except ImportError:

@@ -19,7 +19,7 @@ def visible(text: str) -> str:
     return "".join(letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs") else f"\\x{ord(letter):02x}" for letter in text)
 
 
-USAGE = "%(prog)s [--flag value ...]; N is a whole number, X a number, S text"
+USAGE = "%(prog)s [--flag value ...]; N is a whole number, X a number, S text; those without a value are on, or off with --no-"
 
 
 def flag(default, help: str, built_in=None, least=None, choices=None, many=False):
@@ -44,6 +44,7 @@ def parse_args(description: str, stages: tuple, argv: list[str], required: tuple
             shown = " ".join(default) if item.type is tuple else default
             text = item.metadata["help"] + (f" ({shown}" if shown != "" else "")
             text += (f"; built-in task: {there})" if there != default else ")") if shown != "" else ""
+            text += " (required)" if item.name in required else ""
             kind = {"type": item.type, "choices": item.metadata["choices"], "metavar": None if item.metadata["choices"] else {int: "N", float: "X"}.get(item.type, "S")}
             kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else kind
             kind = {"nargs": "+", "metavar": "S"} if item.type is tuple or item.metadata["many"] else kind

@@ -3,6 +3,7 @@
 Formulas of our own; `tests/test_plan.py` holds activations, cache and optimizer state against what PyTorch stores.
 """
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,9 @@ class Sizes:
 
 
 def print_plan(config: LlamaConfig, run, train, search, losses, answering):
-    """Print the plan of a run (the stages of train.py)."""
+    """Print the plan of a run (the stages of train.py); rank 0 does."""
+    if int(os.environ.get("RANK", 0)):
+        return
     width = {"float32": 4, "bfloat16": 2}[run.dtype]
     capacity = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80e9
     sizes = Sizes(config, width)

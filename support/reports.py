@@ -26,9 +26,9 @@ class Lines:
 
 def progress(items, label: str, total: int, unit: str, first: int = 0) -> tqdm:
     """A bar on a terminal, else a line every half minute; only rank 0 shows one."""
-    watched = sys.stderr.isatty()
-    plain = {} if watched else {"file": Lines(), "delay": 5, "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"}
-    return tqdm(items, label, total, initial=first, unit=unit, mininterval=1.0 if watched else 30.0, maxinterval=30.0, dynamic_ncols=watched,
+    terminal = sys.stderr.isatty()
+    plain = {} if terminal else {"file": Lines(), "delay": 5, "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"}
+    return tqdm(items, label, total, initial=first, unit=unit, mininterval=1.0 if terminal else 30.0, maxinterval=30.0, dynamic_ncols=terminal,
                 disable=int(os.environ.get("RANK", 0)) > 0, **plain)
 
 

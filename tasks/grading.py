@@ -190,7 +190,8 @@ def needs_algebra(answer: str) -> bool:
 
 
 class Algebra:
-    """math-verify in a worker process of at most 2 GiB: `limit` seconds a comparison, after which it is killed and started anew."""
+    """math-verify in a worker process of at most 2 GiB: `limit` seconds a comparison, after which it is killed and started anew,
+    and the answers count as unequal."""
     def __init__(self, limit: float = 1.5):
         self.limit, self.process, self.known = limit, None, {}
 
@@ -228,8 +229,10 @@ def work():
     """The worker: a pair of answers a line in, true or false a line out."""
     import resource
     from math_verify import parse, verify
-    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (2**31 if hard == resource.RLIM_INFINITY else min(2**31, hard), hard))
     logging.disable(logging.CRITICAL)
+    verify(parse("$x+1$"), parse("$1+x$"))  # what the first comparison loads
     print("ready", flush=True)
     for line in sys.stdin:
         try:
