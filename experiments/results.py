@@ -36,7 +36,7 @@ PRECISION = {"siblings own": 3, "siblings fixed": 3, "unique tokens, millions": 
 SIZES = ("28 k", "97 k", "297 k", "666 k")  # of run.py; 297 k is the tiny model of the other tables
 NOTES = {
     "objectives": "Unique tokens: of the trees, or groups, learned from; a step that was sampled twice counts once.",
-    "ablation": "\"Values without search\" samples whole solutions at temperature 1, all others search at 0.7. Seconds are rough: two or three processes ran at once, one thread each.", "compute": "Two processes at once, one thread each.",
+    "ablation": "\"Values without search\" samples whole solutions at temperature 1, all others search at 0.7. Seconds are rough: two or three processes ran at once, one thread each.", "compute": "Two processes at once, one thread each; during `grpo, 2 passes` of seed 0 for two minutes a third.",
     "transfer": "Two processes at once, one thread each.", "scale": "297 k: from table 1.", "why": ""}
 
 

@@ -1,6 +1,7 @@
 """Tables of experiments on the built-in task, cell by cell; an interrupted table goes on where it was.
 
-    python experiments/run.py objectives                 or ablation, scale, compute; --seeds 0 1 2, --rows NAME ... , --out FOLDER
+    python experiments/run.py objectives                 or ablation, scale, transfer, compute; --seeds 0 1 2, --rows NAME ... , --out FOLDER
+    python experiments/run.py objectives --rows svpo --seeds 0 --results mine.jsonl --out runs/mine       measures a cell again
     python experiments/results.py                        makes the tables and figures of RESULTS.md from what was measured
 
 All cells of a seed start from the same SFT model; those that do not change the search learn from the same trees, grown once. A cell
@@ -190,13 +191,17 @@ def main():
     parser.add_argument("--rows", nargs="+", help="these rows only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of results; a cell that stands in it is not measured again")
     config = parser.parse_args()
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = [json.loads(line) for line in config.results.read_text().splitlines()] if config.results.exists() else []
     done = {(row["table"], row["row"], row["seed"]) for row in done}
     for seed in config.seeds:
         for row, flags in TABLES[config.table].items():
-            if (config.table, row, seed) in done or config.rows and row not in config.rows:
+            if config.rows and row not in config.rows:
+                continue
+            if (config.table, row, seed) in done:
+                print(f"{config.table}, {row}, seed {seed}: stands in {config.results}")
                 continue
             size = flags[1] if flags and flags[0] == "--size" else ""
             flags = flags[2:] if size else flags
@@ -206,7 +211,7 @@ def main():
             folder = config.out / f"{config.table}-{row.replace(' ', '-').replace(',', '')}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted cell: cells are short, and begin anew
             found = measure(seed, flags, folder, base, taken, common)
-            with open(RESULTS, "a") as file:
+            with open(config.results, "a") as file:
                 file.write(json.dumps({"table": config.table, "row": row, "seed": seed, "commit": commit, "flags": flags, **found}) + "\n")
             print(f"\n{config.table}, {row}, seed {seed}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in found["figures"].items())
                   + f"; siblings {found['siblings_own'] or 0:.3f} {found['siblings_fixed'] or 0:.3f}; {found['training_seconds']:.0f} s", flush=True)

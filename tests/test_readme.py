@@ -68,6 +68,19 @@ def test_commands_name_flags_that_exist():
         assert re.search(re.escape(flag) + r"(?![\w-])", known), flag
 
 
+def test_outputs_are_pasted():
+    """Catches tables in the README that a hand has written: each stands between marks, names its commit, and ends as the script pastes it."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import readme
+    text = (ROOT / "README.md").read_text()
+    blocks = [(match[2], match[0]) for match in readme.MARK.finditer(text)]
+    assert len(blocks) == text.count("    stage ") >= 2 and {command for command, _ in blocks} <= set(readme.commands(text))
+    for command, block in blocks:
+        rows = [line for line in block.splitlines() if line.startswith("    ")]
+        assert rows[0].startswith("    stage ") and re.fullmatch(r"    \(commit [0-9a-f]{7,}(, \d+ s)?\)", rows[-1]), command
+        assert readme.last_table("\n".join(line[4:] for line in ["    x", *rows[:-1]])) == [line[4:] for line in rows[:-1]]
+
+
 if __name__ == "__main__":
     text = (ROOT / "README.md").read_text()
     before, after = text.split("## Files", 1)
