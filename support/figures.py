@@ -25,16 +25,7 @@ def draw_run(folder: Path, judge) -> Path:
         found = [row["answers"][index] for row in rows]
         accuracy.errorbar(names, [100 * cell["accuracy"] for cell in found], [100 * cell["standard_error"] for cell in found], marker="o", capsize=2, label=answer["strategy"])
     accuracy.set(ylabel="accuracy in %", title=f"{rows[0]['answers'][0]['questions']} test questions")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    width = max(1, len(lines) // 100)
-    for name in ("sft", "policy", "mse", "margin"):
-        parts = [(place, [line[name] for line in lines[place:place + width] if name in line]) for place in range(0, len(lines), width)]
-        parts = [(place, part) for place, part in parts if part]
-        log.plot([place for place, _ in parts], [sum(part) / len(part) for _, part in parts], label=name)
-    for place, (before, after) in enumerate(zip(lines, lines[1:]), 1):
-        if before["stage"] != after["stage"]:
-            log.axvline(place, color="grey", linewidth=0.8)
-    log.set(xlabel="optimizer step", yscale="log", title=f"loss terms, means over {width} steps")
+    draw_log(log, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
     trees = next((read_trees(path) for path in folder.glob("*/valid-trees.jsonl")), [])
     for path in stages if trees else ():
         cells = judge(path.parent if (path.parent / "config.json").exists() else folder, trees)["calibration"]
@@ -50,3 +41,16 @@ def draw_run(folder: Path, judge) -> Path:
     chart.tight_layout()
     chart.savefig(folder / "figures.png", dpi=110)
     return folder / "figures.png"
+
+
+def draw_log(axes, lines: list[dict]):
+    """The loss terms of a run, means over a hundredth of its steps, with a line where a stage ends."""
+    width = max(1, len(lines) // 100)
+    for name in ("sft", "policy", "mse", "margin"):
+        parts = [(place, [line[name] for line in lines[place:place + width] if name in line]) for place in range(0, len(lines), width)]
+        parts = [(place, part) for place, part in parts if part]
+        axes.plot([place for place, _ in parts], [sum(part) / len(part) for _, part in parts], label=name)
+    for place, (before, after) in enumerate(zip(lines, lines[1:]), 1):
+        if before["stage"] != after["stage"]:
+            axes.axvline(place, color="grey", linewidth=0.8)
+    axes.set(xlabel="optimizer step", yscale="log", title=f"loss terms, means over {width} steps")

@@ -104,9 +104,14 @@ def print_plan(config: LlamaConfig, run, train, search, losses, answering):
     print(f"It fits on {', '.join(map(str, fitting)) or 'none'} of these. Host memory: each rank reads the whole file, {4 * total / 1e9:.0f} GB in float32; "
           "rank 0 gathers as much to save")
     slots = prompt + (search.max_depth + search.expand_width) * search.max_step_tokens  # that a tick reads at most, of each row
-    tick = (weights + search.search_rows * slots * sizes.cached_token()) / (BANDWIDTH * SHARE)
+    print_floor(run, train, search, weights + search.search_rows * slots * sizes.cached_token(), total, plain + sampled, sampled)
+
+
+def print_floor(run, train, search, read: float, total: int, tokens: int, sampled: int):
+    """Print the least time of search, a tick of which reads `read` bytes, and of training on trees of `tokens` tokens."""
+    tick = read / (BANDWIDTH * SHARE)
     searching = 1000 * sampled / (search.search_rows * search.expand_width / tick)
-    flops = (8 if train.recompute else 6) * total * (plain + sampled) * train.tune_epochs * 1000
+    flops = (8 if train.recompute else 6) * total * tokens * train.tune_epochs * 1000
     print(f"\nFloor of the time at {100 * SHARE:.0f} % of an H100's bandwidth and matrix rate, for 1,000 questions on one GPU (divide by "
           f"their number): search {searching / 3600:.1f} h ({1000 * tick:.0f} ms a tick of {search.search_rows * search.expand_width} tokens), "
           f"{train.tune_epochs} passes over their trees {flops / (RATE[run.dtype] * SHARE) / 3600:.1f} h")

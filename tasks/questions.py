@@ -84,6 +84,28 @@ def task_tokenizer(name: str) -> Tokenizer:
     return word_tokenizer(TASKS[name].words)
 
 
+def to_question(row: dict, where: str, name: str) -> Question | None:
+    """A row of a file as a question, `name` if it has no id; None where it has no answer, InputError where it is none."""
+    row = to_row(row)
+    if row is None:
+        return None
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), (str, int, float)) or isinstance(row[key], bool) or not str(row[key]).strip():
+            raise InputError(f"{where}: needs a non-empty {key!r} (text or number)")
+    answer, solution = str(row["answer"]), row.get("solution")
+    if "####" in answer:
+        solution = solution or re.sub(r"<<[^<>]*>>", "", answer)  # without GSM8K's calculator marks
+        answer = extract_answer(answer) or ""
+        if not answer:
+            raise InputError(f"{where}: no answer after '####'")
+    if solution is not None and not isinstance(solution, str):
+        raise InputError(f"{where}: 'solution' must be text")
+    question = Question(str(row.get("id", name)), str(row["question"]).strip(), answer, solution)
+    if any("\ud800" <= letter <= "\udfff" for text in (question.id, question.text, answer, solution or "") for letter in text):
+        raise InputError(f"{where}: half of a surrogate pair is no text")
+    return question
+
+
 def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir: str = "") -> list[Question]:
     """Questions of a built-in task, NAME[:split] (default split: test), or of benchmarks and JSONL files, the first `limit` of each.
 
@@ -98,24 +120,11 @@ def load_questions(data: str, limit: int | None = None, seed: int = 0, data_dir:
         path = find_file(spec, data_dir)
         stem = path.stem if path == Path(spec) else f"{path.parent.name}-{path.stem}"
         for number, row in read_rows(path, limit):
-            row, where = to_row(row), f"{path}, line {number}"
-            if row is None:
+            where = f"{path}, line {number}"
+            question = to_question(row, where, f"{stem}-{number}")
+            if question is None:
                 print(f"{where}: no answer; left out")
                 continue
-            for key in ("question", "answer"):
-                if not isinstance(row.get(key), (str, int, float)) or isinstance(row[key], bool) or not str(row[key]).strip():
-                    raise InputError(f"{where}: needs a non-empty {key!r} (text or number)")
-            answer, solution = str(row["answer"]), row.get("solution")
-            if "####" in answer:
-                solution = solution or re.sub(r"<<[^<>]*>>", "", answer)  # without GSM8K's calculator marks
-                answer = extract_answer(answer) or ""
-                if not answer:
-                    raise InputError(f"{where}: no answer after '####'")
-            if solution is not None and not isinstance(solution, str):
-                raise InputError(f"{where}: 'solution' must be text")
-            question = Question(str(row.get("id", f"{stem}-{number}")), str(row["question"]).strip(), answer, solution)
-            if any("\ud800" <= letter <= "\udfff" for text in (question.id, question.text, answer, solution or "") for letter in text):
-                raise InputError(f"{where}: half of a surrogate pair is no text")
             if question.id in ids:
                 raise InputError(f"{where}: id {question.id!r} occurs twice")
             ids.add(question.id)
