@@ -59,7 +59,7 @@ class Tree:
 class LossConfig:
     """The objective. All weights and thresholds are our choice: the paper's constants are unknown."""
     objective: str = flag("svpo", "svpo, step-dpo, dpo (whole solutions), rft, alphamath or grpo")
-    beta: float = flag(0.3, "strength of the reference in DPO (beta); CPL: 0.3", least=0)
+    beta: float = flag(0.3, "strength of the reference in DPO (beta); arXiv 2409.08642: 0.3", least=0)
     policy_weight: float = flag(0.5, "weight of the preference loss (a_policy)", built_in=0.05, least=0)
     sft_weight: float = flag(0.5, "weight of the likelihood of good steps (a_sft)", built_in=1.0, least=0)
     mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0)
@@ -127,8 +127,8 @@ def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
 
 
 def good_steps(tree: Tree) -> list[tuple[float, float]]:
-    """Of each node, weight and count of its tokens' log-likelihood, as in the next three. SVPO's extra SFT term, our choice:
-    steps with a correct terminal at or below and Q > 0, also of every ancestor step."""
+    """Of each node (weight, count), as in the next three functions: its tokens' log pi enter the sum `weight` times, and the divisor
+    `count` times. SVPO's extra SFT term, our choice: steps with a correct terminal at or below and Q > 0, also of every ancestor."""
     correct, _ = outcomes_below(tree)
     kept = [True] + [False] * (len(tree.nodes) - 1)
     for index, node in enumerate(tree.nodes[1:], 1):
@@ -259,10 +259,10 @@ class Batch:
         self.sides = [tensor([[index for pair in pairs for index in pair[side]],  # nodes, and the pair each counts for
                               [number for number, pair in enumerate(pairs) for _ in pair[side]]], torch.long) for side in (0, 1)]
         self.weight_P, self.weight_E = tensor([pair[2] for pair in pairs]), likelihood[0].to(device)
-        self.value_E = tensor([float(value) for lesson in lessons for value in lesson.value])
+        self.value_mask_E = tensor([float(value) for lesson in lessons for value in lesson.value])  # 1 where V learns its Q
         self.ref_E, self.q_E = (tensor([getattr(node, name) for node in packed.node_E]) for name in ("logp", "q_value"))
         self.counts = torch.tensor([
-            sum(pair[2] for pair in pairs), likelihood[1][packed.node_M].sum(), self.value_E.sum(), len(pairs),
+            sum(pair[2] for pair in pairs), likelihood[1][packed.node_M].sum(), self.value_mask_E.sum(), len(pairs),
             sum(len(node.tokens) for node in packed.node_E), sum(lesson.pairwise_tokens for lesson in lessons)], dtype=torch.float64)
 
 
@@ -284,16 +284,16 @@ def loss_sums(logp_M: Tensor, value_E: Tensor, node_M: Tensor, batch: Batch, con
     reward_lose_P = config.beta * (policy_lose_P - ref_lose_P).detach()
     terms = {"policy": weight_P * objective.preference(policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta),
              "sft": -batch.weight_E[node_M] * logp_M,
-             "mse": batch.value_E * value_mse(value_E, batch.q_E),
+             "mse": batch.value_mask_E * value_mse(value_E, batch.q_E),
              "margin": objective.value * weight_P * value_margin(value_win_P, value_lose_P, config.margin),
              "win_reward": weight_P * reward_win_P, "lose_reward": weight_P * reward_lose_P,
              "reward_accuracy": weight_P * (reward_win_P > reward_lose_P),
              "value_accuracy": weight_P * (value_win_P > value_lose_P),
-             "value_error": batch.value_E * (value_E - batch.q_E).detach().abs()}
+             "value_error": batch.value_mask_E * (value_E - batch.q_E).detach().abs()}
     return {name: term.sum() for name, term in terms.items()}
 
 
 def total_loss(sums: dict[str, Tensor], counts: Tensor, config: LossConfig) -> Tensor:
-    """policy + a_sft * SFT + a_mse * MSE + a_margin * margin (SVPO summary), each term divided by its count."""
+    """a_policy * policy + a_sft * SFT + a_mse * MSE + a_margin * margin (SVPO summary; a_policy ours), each divided by its count."""
     weights = {"policy": config.policy_weight, "sft": config.sft_weight, "mse": config.mse_weight, "margin": config.margin_weight}
     return sum(weight * sums[name] / max(float(counts[COUNTED[name]]), 1e-8) for name, weight in weights.items())

@@ -85,7 +85,7 @@ class TrainConfig:
     keep: int = flag(1, "checkpoints of a stage that stay until it ends", least=1)
     warmup: float = flag(0.03, "share of the steps with rising learning rate; cosine decay follows", least=0)
     weight_decay: float = flag(0.01, "AdamW's", least=0)
-    clip: float = flag(1.0, "largest gradient norm", least=0)
+    clip: float = flag(1.0, "largest gradient norm; 0: any", least=0)
 
 
 def main(argv: list[str] | None = None):
@@ -252,7 +252,7 @@ def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig
         for step in bar:
             begin = time.perf_counter()
             figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip or math.inf)
             figures["grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
                 raise InputError(f"{stage.name}, step {step}: the loss is {figures['loss']}, its gradient norm "
@@ -322,7 +322,7 @@ def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: i
     once(lambda: None)
     found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
     trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
-    describe(trees, job.tokenizer)
+    describe(trees, job.tokenizer, job.losses)
     trees = [job.plain.set_prompt(tree, question) for tree, question in zip(trees, questions)]
     if OBJECTIVES[job.losses.objective].pairs:
         add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens, job.train.pack_tokens)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data import StepTokenizer
 from support.files import append
 from support.flags import visible
-from svpo import Tree, path, sibling_pairs
+from svpo import LossConfig, Tree, path, sibling_pairs
 
 
 class Lines:
@@ -70,16 +70,16 @@ def log_step(bar: tqdm, board, stage: Path, step: int, figures: dict[str, float]
                                   + [f"{figures['unique_tokens_s']:.0f} tokens/s"]), refresh=False)
 
 
-def describe(trees: list[Tree], tokenizer: StepTokenizer):
+def describe(trees: list[Tree], tokenizer: StepTokenizer, losses: LossConfig):
     """Print what a search found, and one tree's best pair of siblings as an example."""
     outcomes = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
-    pairs = [sibling_pairs(tree) for tree in trees]
+    pairs = [sibling_pairs(tree, losses.pairs, losses.min_gap) for tree in trees]
     count = len(trees)
     print(f"{count} trees: {100 * sum(1 in found for found in outcomes) / count:.1f} % with a correct solution, "
           f"{sum(map(len, outcomes)) / count:.1f} finished solutions, {sum(map(len, pairs)) / count:.1f} pairs and "
           f"{sum(tree.simulations for tree in trees) / count:.1f} effective simulations a tree")
     if not any(pairs):
-        print("no siblings differ in Q: preferences and margin have nothing to learn from, and this round trains the other terms alone")
+        print("no siblings qualify as a pair: preferences and margin have nothing to learn from, and this round trains the other terms alone")
     tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
     two = max(found, key=lambda pair: tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value)[:2] if found else range(1, len(tree.nodes))[:2]
     print(f"   question  {visible(tree.question)}")

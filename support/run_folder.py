@@ -26,6 +26,9 @@ def check_flags(run, train, losses):
         raise InputError("--chat and --steps xml need a real --model: the tiny one learns lines")
     if losses.objective not in OBJECTIVES.keys() - {"sft"}:
         raise InputError(f"--objective {losses.objective}: there are {', '.join(sorted(OBJECTIVES.keys() - {'sft'}))}")
+    objective = OBJECTIVES[losses.objective]
+    if objective.likelihood and not losses.sft_weight and not objective.pairs and not objective.value:
+        raise InputError(f"--sft-weight 0 leaves --objective {losses.objective} nothing to learn from")
     if train.tensorboard and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs a package that is not installed: pip install tensorboard")
 

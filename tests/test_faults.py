@@ -18,7 +18,7 @@ import train
 from conftest import ROOT, tiny_config
 from model import Llama, load_model, save_model
 from support.checkpoints import find_checkpoints
-from svpo import Tree, TreeNode
+from svpo import LossConfig, Tree, TreeNode
 from test_ranks import WORDS, log, same, weights
 from test_train import edit, refused
 
@@ -361,8 +361,8 @@ def test_trees_without_preferences_are_said(capsys, tokenizer):
     step = [5, 0]
     trees = [Tree("q", "?", "1", [TreeNode(-1, [3], [False]), *(TreeNode(0, step, [True] * 2, visit_count=1, q_value=reward, reward=reward, ending="answer") for _ in range(2))])
              for reward in (1.0, -1.0)]
-    describe(trees, tokenizer)
-    assert "no siblings differ in Q" in capsys.readouterr().out
+    describe(trees, tokenizer, LossConfig())
+    assert "no siblings qualify as a pair" in capsys.readouterr().out
 
 
 def test_a_saturated_value_head_is_said(tmp_path, undisturbed):
@@ -396,7 +396,7 @@ def test_a_round_without_pairs(tmp_path, undisturbed, objective, refusal):
             file.write(json.dumps(tree) + "\n")
     process = start(tmp_path, "--sft-steps", "30", "--objective", objective)
     printed, errors = process.communicate(timeout=100)
-    assert "no siblings differ in Q" in printed
+    assert "no siblings qualify as a pair" in printed
     if refusal:
         assert process.returncode == 2 and refusal in errors
     else:
