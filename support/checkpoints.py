@@ -3,6 +3,7 @@
 A checkpoint is a folder checkpoint-STEP in torch.distributed.checkpoint's format, of any number of ranks. It is written aside, synced and
 renamed, so a kill leaves it whole or not there (a bit that a disk loses later is not noticed). Nothing in it is unpickled but the names that such a checkpoint needs.
 """
+import enum
 import json
 import os
 import pickle
@@ -32,8 +33,17 @@ NAMES = {(METADATA, name) for name in ("Metadata", "TensorStorageMetadata", "Ten
     *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", "uint8"))}
 
 
+def member(kind: type, name: str):
+    """What some versions of Python pickle as getattr: a member of an enumeration, and nothing else that an attribute may be."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        return kind[name]
+    raise InputError(f"it reads attribute {name!r}, which no checkpoint needs")
+
+
 class PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"):
+            return member
         if (module, name) not in NAMES:
             raise InputError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)

@@ -18,7 +18,7 @@ import train
 from conftest import ROOT, tiny_config
 from model import Llama, load_model, save_model
 from support.checkpoints import find_checkpoints
-from svpo import LossConfig, Tree, TreeNode
+from svpo import InputError, LossConfig, Tree, TreeNode
 from test_ranks import WORDS, log, same, weights
 from test_train import edit, refused
 
@@ -231,6 +231,19 @@ def test_damaged_checkpoints_are_refused(tmp_path, stopped):
     await_lines(tmp_path, process, 6)
     process.kill()
     process.communicate()
+
+
+def test_members_of_enumerations_are_read_and_nothing_else():
+    """Catches checkpoints of a Python that pickles such a member as getattr (3.11.2 does), and attributes that lead to a stranger's code."""
+    import io
+    from support.checkpoints import METADATA, PlainUnpickler
+
+    def load(kind: str, name: str):  # getattr(kind, name), as pickled text
+        return PlainUnpickler(io.BytesIO(f"cbuiltins\ngetattr\n(c{METADATA}\n{kind}\nV{name}\ntR.".encode())).load()
+    assert load("_MEM_FORMAT_ENCODING", "TORCH_PRESERVE_FORMAT").name == "TORCH_PRESERVE_FORMAT"
+    for kind, name in (("Metadata", "__init__"), ("_MEM_FORMAT_ENCODING", "__init__"), ("_MEM_FORMAT_ENCODING", "mro")):
+        with pytest.raises(InputError, match="which no checkpoint needs"):
+            load(kind, name)
 
 
 def headed(header: dict, body: bytes) -> bytes:
