@@ -48,3 +48,4 @@ def test_results_md_holds_what_was_measured():
     text = (ROOT / "RESULTS.md").read_text()
     for name in {row["table"] for row in rows}:
         assert results.table([row for row in rows if row["table"] == name]) in text
+    assert results.why_tables(results.read("why.jsonl")) in text
