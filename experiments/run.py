@@ -11,7 +11,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from data import parse_args, read_trees, run_command, task_tokenizer, write_tree
 from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, rescore, sibling_accuracy  # noqa: E402
 from mcts import Driver, SearchConfig, search_trees  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
+from support.files import head_commit  # noqa: E402
 from svpo import LossConfig, Tree, path, sibling_pairs  # noqa: E402
 from tasks.deduction import sound  # noqa: E402
 from tasks.questions import load_splits  # noqa: E402
@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of results; a cell that stands in it is not measured again")
     config = parser.parse_args()
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = head_commit()[:7]
     done = [json.loads(line) for line in config.results.read_text().splitlines()] if config.results.exists() else []
     done = {(row["table"], row["row"], row["seed"]) for row in done}
     for seed in config.seeds:

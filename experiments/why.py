@@ -9,7 +9,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from data import Question, StepTokenizer, load_questions, parse_args, read_trees
 from eval import diagnose, grow_judged, rescore  # noqa: E402
 from mcts import Driver, SearchConfig, grader  # noqa: E402
 from model import load_model  # noqa: E402
-from support.files import publish  # noqa: E402
+from support.files import head_commit, publish  # noqa: E402
 from svpo import path  # noqa: E402
 from train import RunConfig  # noqa: E402
 
@@ -92,8 +91,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     config = parser.parse_args()
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    mark = {"seed": config.seed, "commit": commit}
+    mark = {"seed": config.seed, "commit": head_commit()[:7]}
     for name in ("objectives-svpo", "objectives-step-dpo", "ablation-outcomes-only", "ablation-ten-times-the-learning-rate"):
         if (config.runs / f"{name}-{config.seed}" / "log.jsonl").exists():
             add({"curves": name.partition("-")[2], **mark, **curves(config.runs / f"{name}-{config.seed}")})
@@ -112,9 +110,8 @@ def main():
             with_values = [replace(tree, nodes=[replace(node, value=new.value) for node, new in zip(tree.nodes, scored.nodes)])
                            for tree, scored in zip(grown, judged)]
             rows = roll_outs(model, tokenizer, with_values, 200, 64, config.seed)
-            open_ended = [row for row in rows if abs(row["monte_carlo"]) <= 0.9]  # the policy may still end right or wrong there
             line = {"stage": stage, "trees": name, **mark, "diagnosis": diagnose(grown, judged), "q": agreement(rows, "q"), "v": agreement(rows, "v"),
-                    "undecided": agreement(open_ended, "q"),
+                    "undecided": agreement([row for row in rows if abs(row["monte_carlo"]) <= 0.9], "q"),  # the policy may still end right or wrong
                     "by_depth": {depth: agreement([row for row in rows if row["depth"] == depth], "q") for depth in (1, 2, 3)},
                     "nodes": [{name: value and round(value, 3) for name, value in row.items()} for row in rows] if config.seed == 0 else []}
             add(line)

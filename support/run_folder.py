@@ -1,14 +1,12 @@
 """The run folder of train.py, and what is refused before anything is written to it."""
 import json
 import os
-import shutil
-import subprocess
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
 from data import StepTokenizer, solution_tree
-from support.files import hold, keep_config
+from support.files import head_commit, hold, keep_config
 from support.flags import InputError
 from support.ranks import once
 from svpo import OBJECTIVES
@@ -50,12 +48,10 @@ def open_run(folder: Path, stages: tuple, splits: dict):
     """Make the run folder, or check that it belongs to the same configuration and questions; other processes are kept away."""
     if folder.exists() and not (folder / "config.json").exists() and any(path.name not in ("lock", "config.json.partial") for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run; choose another --out")
-    command = ["git" if shutil.which("git") else "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     once(lambda: None)  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
     hold(folder / "lock")
     text = json.dumps([[question.text, question.answer] for name in ("sft", "valid", "test") for question in splits[name]] + [
         [question.text, question.answer] for part in splits["search"] for question in part])
-    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep", "tensorboard"), write=not int(os.environ.get("RANK", 0)), commit=commit,
+    keep_config(folder / "config.json", stages, free=("out", "device", "plan", "keep", "tensorboard"), write=not int(os.environ.get("RANK", 0)), commit=head_commit(),
                 questions=zlib.crc32(text.encode()))
