@@ -1,137 +1,548 @@
-"""Tokens, and trees of them: what the commands read. Questions and answers come from tasks/, files from support/.
+"""Questions, tokens and trees: everything that the other modules read and write.
 
-A solution is a list of steps; trees (see svpo.py) are written as JSON lines.
+A `Question` comes from a built-in task, a published dataset or a file. A `StepFormat` says what
+ends a step of its solution, and a `StepTokenizer` turns prompts and steps into tokens. A `Tree`
+holds all solutions tried for one question; files of trees have one JSON line for each.
+
+Dimension key: X tokens of a flat line (one for each lane that samples), V vocabulary.
 """
+
 import copy
 import dataclasses
+import glob
+import json
+import os
+import re
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from model import load_model
-from support.flags import InputError, flag, parse_args, run_command  # noqa: F401  (passed on, as are the next ones)
-from support.hugging_face import read_tokenizer
-from support.ranks import device_of
-from support.tree_files import read_trees, resume_trees, write_trees  # noqa: F401
-from svpo import Tree, TreeNode, pack  # noqa: F401
-from tasks.grading import extract_answer, grade, is_correct  # noqa: F401
-from tasks.published import PRESETS, find_folder  # noqa: F401
-from tasks.questions import TASKS, Question, grader, is_built_in, load_questions, task_tokenizer  # noqa: F401
-from tasks.steps import chat_template, run_code, split_xml
+from support.chat import chat_template
+from support.files import append, sync
+from support.flags import InputError, Recipe, flag
+from support.hugging_face import find_folder, read_tokenizer
+from tasks.built_in import generate, is_built_in
+from tasks.code_steps import run_code, split_xml
+from tasks.grading import algebra, extract_answer, is_correct, needs_algebra
+
+
+@dataclass
+class Question:
+    """A question with its right answer; the worked solution, if there is one, is for SFT."""
+
+    id: str
+    text: str
+    answer: str
+    solution: str | None = None
+
+
+# --------------------------------------------------------------------------------- what ends a step
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """Which model, on which questions."""
-    model: str = flag("", "model folder, preset or repository id")
-    data: str = flag("", "arithmetic or deduction (built in), with :SPLIT if not test; or benchmarks (NAME[:SPLIT]) and JSONL "
-                         "files of questions", many=True)
-    data_dir: str = flag("", "folder of benchmarks, NAME/SPLIT.jsonl; empty: they are downloaded")
-    prompt: str = flag("", "file with the text around {question}")
-    chat: bool = flag(False, "put the prompt into the model's chat template")
-    steps: str = flag("lines", "a step is a line, or XML: <step> with <p>, <code>, <output>", choices=("lines", "xml"))
-    tools: str = flag("none", "python: code in XML steps runs, and what it prints is added", choices=("none", "python"))
-    limit: int = flag(0, "use the first N questions; 0: all (500 built-in ones)", least=0)
-    seed: int = flag(0, "seed of sampling")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
+class StepFormat:
+    """How a solution is cut into steps.
 
-
-def read_template(path: str) -> str:
-    """The prompt around {question}: the text of a file, or the question and a line break."""
-    if not path:
-        return "{question}\n"
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the prompt cannot be read ({error})")
-    if "{question}" not in template:
-        raise InputError(f"{path}: the prompt must contain {{question}}")
-    return template
-
-
-# --------------------------------------------------------------------------------------------- tokens
-class StepTokenizer:
-    """A tokenizer.json with the prompt template (in a chat template, where `chat` renders one), end-of-text, and where steps end.
-
-    A step ends with the token in which a line break follows some visible text, wherever in the token that falls; in XML
-    with the token that closes `</step>`, whatever else that holds. With `tools` the code of XML steps runs where it ends
-    (tasks/steps.py).
+    While a model writes, a step ends with the token that completes `delimiter` after some visible
+    text, wherever in the token that falls. `split` cuts a worked solution into steps, each a list
+    of (text, whether the model is to write it); by default it is cut at the delimiter.
     """
-    def __init__(self, tokenizer: Tokenizer, eos_ids: list[int], template: str = "{question}\n", chat=None, xml=False, tools=False):
-        self.tokenizer, self.eos_ids, self.template, self.chat, self.xml, self.tools = tokenizer, eos_ids, template, chat, xml, tools
-        texts = [tokenizer.decode([index], skip_special_tokens=False) for index in range(1 + max(tokenizer.get_vocab().values()))]
-        # of each token: ends the text, may end a step, holds visible text, holds visible text before its line break
-        self.tables_4V = torch.tensor([[index in eos_ids, ">" in text, True, True] if xml else
-                                       [index in eos_ids, "\n" in text, bool(text.strip()), bool(text.partition("\n")[0].strip())]
-                                       for index, text in enumerate(texts)]).T.contiguous()
+
+    delimiter: str
+    split: Callable[[str], list[list[tuple[str, bool]]]] | None = None
+
+    def steps(self, solution: str) -> list[list[tuple[str, bool]]]:
+        """The steps of a worked solution; the last one has no delimiter, end-of-text follows."""
+        if self.split:
+            return self.split(solution)
+        parts = [part.strip("\n") for part in solution.split(self.delimiter) if part.strip()]
+        texts = [part + self.delimiter for part in parts[:-1]] + parts[-1:]
+        return [[(text, True)] for text in texts]
+
+    def ended(self, text: str, before: str) -> bool:
+        """Whether the newest token ends the step; `before` is the text without that token."""
+        return text.lstrip().count(self.delimiter) > before.lstrip().count(self.delimiter)
+
+
+LINES = StepFormat("\n")
+PARAGRAPHS = StepFormat("\n\n")
+XML = StepFormat("</step>", split_xml)
+STEP_FORMATS = {"lines": LINES, "paragraphs": PARAGRAPHS, "xml": XML}  # the values of --steps
+
+
+# ------------------------------------------------------------------ datasets, one function for each
+
+
+def text_field(row: dict, key: str) -> str:
+    """A field that must hold text or a number; InputError if it does not."""
+    value = row.get(key)
+    wrong = isinstance(value, bool) or not isinstance(value, (str, int, float))
+    if wrong or not str(value).strip():
+        raise InputError(f"needs a non-empty {key!r} (text or number)")
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else str(value)
+
+
+def plain(row: dict) -> Question:
+    """A file of your own: {"question": "1+1?", "answer": "2"}, optionally "solution" and "id".
+
+    An answer that holds GSM8K's mark ("1+1=2 #### 2") is read as GSM8K's.
+    """
+    if "####" in text_field(row, "answer"):
+        return gsm8k(row)
+    identity = str(row.get("id", ""))
+    question = text_field(row, "question").strip()
+    return Question(identity, question, text_field(row, "answer"), row.get("solution"))
+
+
+def gsm8k(row: dict) -> Question:
+    """{"question": "Natalia sold ...?", "answer": "She sold 48/2 = <<48/2=24>>24.\\n#### 24"}"""
+    chain = text_field(row, "answer")
+    answer = extract_answer(chain) if "####" in chain else None
+    if not answer:
+        raise InputError("no answer after '####'")
+    without_marks = re.sub(r"<<[^<>]*>>", "", chain)
+    question = text_field(row, "question").strip()
+    solution = row.get("solution") or without_marks
+    return Question(str(row.get("id", "")), question, answer, solution)
+
+
+def math(row: dict) -> Question | None:
+    """{"problem": "What is $1+1$?", "solution": "... $\\\\boxed{2}$.", "answer": "2"}
+
+    Two rows of the training set have an empty answer; they are left out.
+    """
+    if row.get("answer") == "":
+        return None
+    identity = str(row.get("unique_id", ""))
+    problem = text_field(row, "problem").strip()
+    return Question(identity, problem, text_field(row, "answer"), row.get("solution"))
+
+
+def svamp(row: dict) -> Question:
+    """{"ID": "chal-1", "Body": "Ann has 3 pens", "Question": "How many?", "Answer": 3.0}"""
+    body = text_field(row, "Body").strip().rstrip(".")
+    question = f"{body}. {text_field(row, 'Question')}".strip()
+    return Question(str(row.get("ID", "")), question, text_field(row, "Answer"))
+
+
+def mawps(row: dict) -> Question:
+    """{"input": "Joan has 3 pens and finds 4. How many has she?", "target": 7.0}"""
+    return Question("", text_field(row, "input").strip(), text_field(row, "target"))
+
+
+def prontoqa(row: dict) -> Question:
+    """{"question": "... True or false: ...?", "answer": [{"text": "... #### True"}]}"""
+    answers = row.get("answer")
+    if not isinstance(answers, list) or not answers or not isinstance(answers[0], dict):
+        raise InputError("needs an 'answer' that is a list of objects")
+    chain = str(answers[0].get("text", ""))
+    answer = extract_answer(chain)
+    if not answer:
+        raise InputError("no answer after '####'")
+    return Question("", text_field(row, "question").strip(), answer, chain)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A published dataset: how its rows are read, and where its files are.
+
+    `read(row)` returns a Question, whose id may be empty, or None for a row that has no answer. It
+    raises InputError for a row that is not of this dataset. `address` holds {split}.
+    """
+
+    read: Callable[[dict], Question | None]
+    splits: tuple[str, ...] = ()
+    address: str | None = None
+    steps: StepFormat = LINES
+
+
+GITHUB = "https://raw.githubusercontent.com"
+QWEN = GITHUB + "/QwenLM/Qwen2.5-Math/main/evaluation/data"
+MATH_500 = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
+GSM8K = GITHUB + "/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
+DATASETS = {  # yours may be added
+    "plain": Dataset(plain),
+    "gsm8k": Dataset(gsm8k, ("train", "test"), GSM8K),
+    "math": Dataset(math, ("train", "test"), QWEN + "/math/{split}.jsonl"),
+    "math500": Dataset(math, ("test",), MATH_500),
+    "svamp": Dataset(svamp, ("test",), QWEN + "/svamp/test.jsonl"),
+    "mawps": Dataset(mawps, ("singleop", "addsub", "multiarith"), QWEN + "/mawps/{split}.jsonl"),
+    "prontoqa": Dataset(prontoqa, ("train", "test")),
+}
+
+
+# -------------------------------------------------------------------------------- reading questions
+
+
+def locate(spec: str, data_dir: str) -> tuple[str, Path]:
+    """The dataset and the file that a word of --data names.
+
+    NAME or NAME:SPLIT is a file of that dataset (the first split if none is named), NAME:FILE reads
+    a file as that dataset's. Any other word is a file: of the dataset that its folder is named
+    after (math/train.jsonl), else of `plain`.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in DATASETS:
+        folder = Path(spec).absolute().parent.name
+        return folder if folder in DATASETS else "plain", Path(spec)
+    splits = DATASETS[name].splits
+    if rest not in splits and Path(rest).is_file():
+        return name, Path(rest)
+    split = rest or next(iter(splits), "")
+    if split not in splits:
+        known = f"the splits of {name} are {', '.join(splits)}" if splits else "name a file"
+        raise InputError(f"--data {spec}: {known}; there is no file {rest!r} either")
+    return name, download(name, split, data_dir)
+
+
+def download(name: str, split: str, data_dir: str) -> Path:
+    """The file of a split: NAME/SPLIT.jsonl in `data_dir`; without that, downloaded once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "svpo"
+    local = (Path(data_dir) if data_dir else cache) / name / f"{split}.jsonl"
+    if local.exists():
+        return local
+    template = DATASETS[name].address
+    if data_dir or not template:
+        hint = "" if template else "; there is no public address for it, use --data-dir"
+        raise InputError(f"--data {name}:{split}: {local} does not exist{hint}")
+    address = template.format(split=split)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    partial = local.with_name(f"{local.name}.{os.getpid()}.partial")
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            partial.write_bytes(answer.read())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--data {name}:{split}: {address} could not be read ({error}); put the file at {local}"
+        )
+    os.replace(partial, local)
+    return local
+
+
+def read_rows(
+    file: Path, limit: int | None = None, content: bytes | None = None
+) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line of a JSONL file that is not blank; the first `limit`.
+
+    `content` takes the place of what the file holds. InputError names the line of a bad one.
+    """
+    try:
+        text = (file.read_bytes() if content is None else content).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file}: cannot be read ({reason})")
+    lines = [pair for pair in enumerate(text.split("\n"), 1) if pair[1].strip()]
+    for number, line in lines[:limit]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file}, line {number}: not valid JSON ({error})")
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise InputError(f"{file}, line {number}: a JSON object is wanted, not {kind}")
+        yield number, row
+
+
+def to_question(row: dict, dataset: str, where: str, identity: str) -> Question | None:
+    """A row of a dataset as a question, with `identity` as its id if it has none of its own.
+
+    None for a row without an answer; InputError, which begins with `where`, for a bad row.
+    """
+    try:
+        question = DATASETS[dataset].read(row)
+    except InputError as error:
+        hint = "" if dataset == "plain" else f", read as a row of {dataset}"
+        raise InputError(f"{where}{hint}: {error}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        kind = type(error).__name__
+        raise InputError(f"{where}: not a row of {dataset} ({kind}: {error})")
+    if question is None:
+        return None
+    if question.solution is not None and not isinstance(question.solution, str):
+        raise InputError(f"{where}: 'solution' must be text")
+    question.id = question.id or identity
+    letters = question.id + question.text + question.answer + (question.solution or "")
+    if any("\ud800" <= letter <= "\udfff" for letter in letters):
+        raise InputError(f"{where}: half of a surrogate pair is no text")
+    return question
+
+
+def load_questions(
+    spec: str, limit: int | None = None, seed: int = 0, data_dir: str = ""
+) -> list[Question]:
+    """The questions that --data names, the first `limit` of each file.
+
+    `spec` is a built-in task, NAME[:SPLIT] (by default split test; 500 questions, drawn with
+    `seed`), or words as `locate` reads them. InputError names the file and line of a bad row.
+    """
+    if is_built_in(spec):
+        name, _, split = spec.partition(":")
+        count = 500 if limit is None else limit
+        return [Question(*row) for row in generate(name, split or "test", count, seed)]
+    questions = []
+    ids = set()
+    for word in [spec] if Path(spec).exists() else spec.split():
+        dataset, file = locate(word, data_dir)
+        stem = file.stem if file == Path(word) else f"{file.parent.name}-{file.stem}"
+        for number, row in read_rows(file, limit):
+            where = f"{file}, line {number}"
+            question = to_question(row, dataset, where, f"{stem}-{number}")
+            if question is None:
+                print(f"{where}: no answer; left out")
+                continue
+            if question.id in ids:
+                raise InputError(f"{where}: id {question.id!r} occurs twice")
+            ids.add(question.id)
+            questions.append(question)
+    if not questions:
+        raise InputError(f"{spec}: no questions in this file")
+    hard = [question.answer for question in questions if needs_algebra(question.answer)]
+    if hard and not algebra.available():
+        raise InputError(
+            f"{spec}: {len(hard)} answers, such as {hard[0]!r}, take algebra to compare: "
+            "pip install math-verify"
+        )
+    return questions
+
+
+def load_splits(run) -> dict[str, list]:
+    """Disjoint questions for a train.RunConfig.
+
+    `sft` have worked solutions, `search` is a list for each round, `valid` serves sibling accuracy
+    (built-in tasks only), and `test` the table.
+    """
+    if is_built_in(run.data):
+        count = run.rounds * run.search_questions
+        searched = load_questions(f"{run.data}:search", count, run.seed)
+        return {
+            "sft": load_questions(f"{run.data}:sft", run.sft_questions, run.seed),
+            "search": [searched[number :: run.rounds] for number in range(run.rounds)],
+            "valid": load_questions(f"{run.data}:valid", run.valid_questions),
+            "test": load_questions(f"{run.data}:test", run.test_limit),
+        }
+    questions = load_questions(run.data, run.limit or None, data_dir=run.data_dir)
+    if run.test_data:
+        test = load_questions(run.test_data, run.test_limit, data_dir=run.data_dir)
+    else:
+        held_out = max(1, len(questions) // 5)
+        test = questions[-held_out:][: run.test_limit]
+        questions = questions[:-held_out]
+        print(f"no --test-data: the last {held_out} questions of {run.data} are the test questions")
+    tested = {question.text for question in test}
+    kept = [question for question in questions if question.text not in tested]
+    if len(kept) < len(questions):
+        print(f"{len(questions) - len(kept)} training questions are test questions; left out")
+    if not kept:
+        raise InputError(f"{run.data}: no question is left for training")
+    worked = [question for question in kept if question.solution]
+    return {"sft": worked, "search": [kept] * run.rounds, "valid": [], "test": test}
+
+
+def outcome_of(question: Question) -> Callable[[object], float]:
+    """The outcome of a terminal node: +1 if its answer is right, else -1.
+
+    A node that is cut, too deep or states no answer is wrong, too.
+    """
+
+    def outcome(node) -> float:
+        answered = node.ending == "answer"
+        right = answered and is_correct(extract_answer(node.text), question.answer)
+        return 1.0 if right else -1.0
+
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------- tokens
+
+
+class StepTokenizer:
+    """A tokenizer.json with a prompt template, end-of-text ids, and what ends a step.
+
+    `chat`, if given, renders the prompt in a chat template. With `tools` the code of XML steps runs
+    where it ends (tasks/code_steps.py).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_ids: list[int],
+        template: str = "{question}\n",
+        chat: Callable[[str], str] | None = None,
+        steps: StepFormat = LINES,
+        tools: bool = False,
+    ):
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self.template = template
+        self.chat = chat
+        self.steps = steps
+        self.tools = tools
+        # a longer delimiter may be spread over several tokens: whether it is there takes their text
+        self.long_delimiter = len(steps.delimiter) > 1
+        self.tables_4V = self.make_tables()
 
     @staticmethod
     def load(folder: str | Path, template: str = "{question}\n", **more) -> "StepTokenizer":
-        """Of a folder in Hugging Face's layout."""
+        """The tokenizer of a folder in Hugging Face's layout."""
         return StepTokenizer(*read_tokenizer(Path(folder)), template, **more)
 
-    def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
-        """The prompt's tokens; more than `room` are refused."""
-        text = self.template.replace("{question}", question.text)
-        prompt = self.tokenizer.encode(self.chat(text.strip()) if self.chat else text, add_special_tokens=not self.chat).ids
-        if room is not None and len(prompt) > room:
-            raise InputError(f"question {question.id}: its prompt has {len(prompt)} tokens, but beside one step the model's "
-                             f"context has room for {room}")
-        return prompt
+    def make_tables(self) -> Tensor:
+        """Of each token, four booleans (4, V): whether it ends the text, may end a step, holds
+        visible text, and holds visible text before its delimiter."""
+        delimiter = self.steps.delimiter
+        rows = []
+        for token in range(1 + max(self.tokenizer.get_vocab().values())):
+            text = self.tokenizer.decode([token], skip_special_tokens=False)
+            visible = self.long_delimiter or bool(text.strip())
+            before = self.long_delimiter or bool(text.partition(delimiter)[0].strip())
+            rows.append([token in self.eos_ids, delimiter[-1] in text, visible, before])
+        return torch.tensor(rows).T.contiguous()
 
-    def under(self, prompt: str) -> "StepTokenizer":
-        """The same under another prompt file; itself, if there is none."""
-        other = copy.copy(self) if prompt else self
-        other.template = read_template(prompt) if prompt else self.template
+    def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
+        """The tokens of a question's prompt; InputError if there are more than `room`."""
+        text = self.template.replace("{question}", question.text)
+        if self.chat:
+            encoding = self.tokenizer.encode(self.chat(text.strip()), add_special_tokens=False)
+        else:
+            encoding = self.tokenizer.encode(text)
+        if room is not None and len(encoding.ids) > room:
+            raise InputError(
+                f"question {question.id}: its prompt has {len(encoding.ids)} tokens, "
+                f"but beside one step the model's context has room for {room}"
+            )
+        return encoding.ids
+
+    def with_prompt(self, prompt_file: str) -> "StepTokenizer":
+        """A copy with the template of another prompt file; itself if no file is named."""
+        if not prompt_file:
+            return self
+        other = copy.copy(self)
+        other.template = read_template(prompt_file)
         return other
 
-    def set_prompt(self, tree: Tree, question: Question) -> Tree:
-        """A tree that was grown under another prompt, under this one."""
+    def set_prompt(self, tree: "Tree", question: Question) -> "Tree":
+        """A tree that was grown under another prompt, with the prompt of this tokenizer."""
         prompt = self.encode_prompt(question)
-        root = dataclasses.replace(tree.nodes[0], tokens=prompt, sampled=[False] * len(prompt))
+        unwritten = [False] * len(prompt)
+        root = dataclasses.replace(tree.nodes[0], tokens=prompt, sampled=unwritten)
         return dataclasses.replace(tree, nodes=[root, *tree.nodes[1:]])
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text that continues another one: some tokenizers put a space before whatever comes first."""
+        """The tokens of a text that continues another one.
+
+        Some tokenizers put a space before the first word of a text. An anchor in front prevents
+        that, and its tokens are taken away again.
+        """
+
+        def ids(part: str) -> list[int]:
+            return self.tokenizer.encode(part, add_special_tokens=False).ids
+
         anchor = "a" if text[0].isspace() else "\n"
-        before, both, alone = (self.tokenizer.encode(part, add_special_tokens=False).ids
-                               for part in (anchor, anchor + text, text))
-        return both[len(before):] if both[:len(before)] == before else alone
+        before = ids(anchor)
+        both = ids(anchor + text)
+        return both[len(before) :] if both[: len(before)] == before else ids(text)
 
     def encode_steps(self, solution: str) -> list[tuple[list[int], list[bool]]]:
-        """Of each step its tokens, and which of them the model is to write; the last one ends with end-of-text, for a line break."""
-        lines = [line + "\n" for line in solution.split("\n") if line.strip()]
-        lines[-1:] = [line[:-1] for line in lines[-1:]]
-        steps = [[(self.encode(text), written) for text, written in step]
-                 for step in (split_xml(solution) if self.xml else [[(line, True)] for line in lines])]
-        steps[-1:] = [step + [(self.eos_ids[:1], True)] for step in steps[-1:]]
-        return [(sum((ids for ids, _ in step), []), [written for ids, written in step for _ in ids]) for step in steps]
+        """Of each step of a worked solution its tokens, and which of them the model is to write.
 
-    def draw(self, logits_XV: torch.Tensor, uniform_X: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (X,) at a temperature (0: the likeliest) by inverting the cumulative distribution, and their
-        untempered log-probabilities. Ids that the tokenizer does not have are never drawn, but count in the softmax."""
-        known_XV = logits_XV[:, :self.tables_4V.shape[1]]
+        End-of-text ends the last step.
+        """
+        found = []
+        for step in self.steps.steps(solution):
+            tokens = []
+            written = []
+            for text, by_model in step:
+                ids = self.encode(text)
+                tokens += ids
+                written += [by_model] * len(ids)
+            found.append((tokens, written))
+        if found:
+            end = self.eos_ids[:1]
+            found[-1] = (found[-1][0] + end, found[-1][1] + [True] * len(end))
+        return found
+
+    def draw(
+        self, logits_XV: Tensor, uniform_X: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Sample tokens (X,), and return them with their untempered log-probabilities (X,).
+
+        Each of `uniform_X` in [0, 1) is looked up in the cumulative distribution; at temperature 0
+        the likeliest token is taken. Ids that the tokenizer does not have are never drawn, but
+        count in the softmax.
+        """
+        known_XV = logits_XV[:, : self.tables_4V.shape[1]]
         if temperature == 0:
             token_X = known_XV.argmax(dim=-1)
         else:
             cumulative_XV = (known_XV / temperature).softmax(dim=-1).cumsum(dim=-1)
             target_X1 = (uniform_X * cumulative_XV[:, -1])[:, None]
-            token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0].clamp(max=known_XV.shape[1] - 1)
+            token_X = torch.searchsorted(cumulative_XV, target_X1, right=True)[:, 0]
+            token_X = token_X.clamp(max=known_XV.shape[1] - 1)
         logp_X = logits_XV.gather(1, token_X[:, None])[:, 0] - logits_XV.logsumexp(dim=-1)
         return token_X, logp_X
 
 
-def to_tree(question: Question, root, simulations: int, stopped: str) -> Tree:
-    """The stored form of a searched tree (mcts.Node), breadth-first."""
-    nodes, queue = [], [(root, -1)]
-    for node, parent in queue:
-        nodes.append(TreeNode(parent, node.tokens, node.sampled or [parent >= 0] * len(node.tokens), node.logp, node.prior,
-                              node.visit_count, node.q_value, node.value, node.reward, node.ending))
-        queue += [(child, len(nodes) - 1) for child in node.children]
-    return Tree(question.id, question.text, question.answer, nodes, simulations, stopped)
+def read_template(file: str) -> str:
+    """The prompt around {question}: the text of a file, or the question and a line break."""
+    if not file:
+        return "{question}\n"
+    try:
+        template = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: the prompt cannot be read ({error})")
+    if "{question}" not in template:
+        raise InputError(f"{file}: the prompt must contain {{question}}")
+    return template
+
+
+# -------------------------------------------------------------------------------------------- trees
+
+
+@dataclass
+class TreeNode:
+    """One step of a tree as it is stored; node 0 is the question's prompt."""
+
+    parent: int  # index into Tree.nodes, always smaller than the node's own; -1 for the root
+    tokens: list[int]
+    sampled: list[bool]  # which tokens the model wrote; the others are fed and carry no loss
+    logp: float = 0.0  # sum of the untempered log-probabilities of the sampled tokens, in nats
+    prior: float = 1.0  # exp(mean token log-probability)
+    visit_count: int = 0
+    q_value: float = 0.0
+    value: float = 0.0  # V when the tree was grown
+    reward: float | None = None  # +1 or -1 at terminal nodes
+    ending: str | None = None  # terminal nodes: "answer", "eos", "cut" (too long) or "deep"
+
+
+@dataclass
+class Tree:
+    """All solutions tried for one question; parents stand before their children."""
+
+    id: str
+    question: str
+    answer: str
+    nodes: list[TreeNode]
+    simulations: int = 0  # effective number
+    stopped: str = "simulations"  # or "exhausted", or "slots" when the cache was full
+    version: int = 1
+
+    def path(self, index: int) -> list[int]:
+        """The nodes from below the root down to `index`; empty for the root."""
+        nodes = []
+        while index > 0:
+            nodes.append(index)
+            index = self.nodes[index].parent
+        return nodes[::-1]
+
+    def tokens(self) -> int:
+        """The number of tokens, the prompt included."""
+        return sum(len(node.tokens) for node in self.nodes)
 
 
 def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
@@ -143,26 +554,198 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     return Tree(question.id, question.text, question.answer, nodes)
 
 
-def find_source(source: SourceConfig) -> tuple[Path, "StepTokenizer"]:
+def write_trees(file: Path, trees: Iterable[Tree], mode: str = "a"):
+    """Append trees, one JSON line each, as they come; with mode "w" they replace the file."""
+    open(file, mode).close()
+    for tree in trees:
+        append(file, json.dumps(dataclasses.asdict(tree)) + "\n")
+    sync(file)
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def node_problem(index: int, node: TreeNode) -> str:
+    """What is wrong with a stored node; empty if nothing is."""
+    known = type(node.parent) is int and -1 <= node.parent < index
+    if not known or (node.parent >= 0) != (index > 0):
+        return f"its parent is {node.parent!r}, not a node before it"
+    tokens = node.tokens if isinstance(node.tokens, list) else []
+    if not tokens or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+        return "it has no tokens, or other things than token ids"
+    marks = node.sampled if isinstance(node.sampled, list) else []
+    if len(marks) != len(tokens) or not all(type(mark) is bool for mark in marks):
+        return "'sampled' is not true or false for each token"
+    numbers = [node.logp, node.prior, node.q_value, node.value]
+    numbers += [] if node.reward is None else [node.reward]
+    counted = type(node.visit_count) is int and node.visit_count >= 0
+    if not counted or not all(map(is_number, numbers)):
+        return "logp, prior, q_value, value, reward or visit_count is not a number that it can be"
+    if node.ending is not None and not isinstance(node.ending, str):
+        return "'ending' is not text"
+    return ""
+
+
+def read_trees(file: str | Path, content: bytes | None = None) -> list[Tree]:
+    """All trees of a JSONL file; InputError names the line of a bad one."""
+    trees = []
+    for number, row in read_rows(Path(file), content=content):
+        where = f"{file}, line {number}"
+        try:
+            tree = Tree(**{**row, "nodes": [TreeNode(**node) for node in row["nodes"]]})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{where}: not a tree ({error})")
+        texts = (tree.id, tree.question, tree.answer, tree.stopped)
+        typed = type(tree.simulations) is int and all(type(text) is str for text in texts)
+        if tree.version != 1 or not tree.nodes or not typed:
+            raise InputError(
+                f"{where}: version is not 1, there are no nodes, "
+                "or a field of the tree is of the wrong type"
+            )
+        for index, node in enumerate(tree.nodes):
+            problem = node_problem(index, node)
+            if problem:
+                raise InputError(f"{where}, node {index}: {problem}")
+        trees.append(tree)
+    return trees
+
+
+def check_token_ids(trees: list[Tree], vocabulary: int, file: str | Path):
+    """Refuse trees with token ids that a model of this vocabulary does not have."""
+    for tree in trees:
+        if max(token for node in tree.nodes for token in node.tokens) >= vocabulary:
+            raise InputError(
+                f"{file}: the tree of question {tree.id} holds token ids of {vocabulary} and more, "
+                "which this model does not have"
+            )
+
+
+def rank_files(file: Path) -> dict[Path, int]:
+    """`file` and the files of ranks beside it (stem-RANK.suffix), with the rank of each.
+
+    A file that has a configuration of its own is another search, not a rank of this one.
+    """
+    found = {}
+    pattern = f"{glob.escape(file.stem)}*{glob.escape(file.suffix)}"
+    for other in sorted(file.parent.glob(pattern)):
+        middle = other.name.removeprefix(file.stem).removesuffix(file.suffix)
+        match = re.fullmatch(r"(?:-(\d+))?", middle)
+        own_search = other != file and other.with_name(other.name + ".config").exists()
+        if match and not own_search:
+            found[other] = int(match[1] or 0)
+    return found
+
+
+def resume_trees(file: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
+    """The trees of `file` and of every rank's file beside it, which may be of another rank count.
+
+    This rank cuts a torn last line off the files that are its own, and says so. A file that another
+    rank may be writing is read as far as it is whole.
+    """
+    trees = {}
+    for other, owner in rank_files(file).items():
+        content = other.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if owner % ranks == rank and whole < len(content):
+            os.truncate(other, whole)
+            print(f"{other}: the last line was torn and is cut off; its question is searched again")
+        found = read_trees(other, content[:whole])
+        doubled = sum(tree.id in trees for tree in found)
+        if doubled:
+            print(f"{other}: {doubled} questions have a tree elsewhere, too; the first one counts")
+        trees = {tree.id: tree for tree in found} | trees
+    return list(trees.values())
+
+
+# ----------------------------------------------------------------------------- what a command names
+
+BUILT_IN = Recipe(  # the defaults that differ where --data names a built-in task
+    "built-in task",
+    {
+        # searching
+        "simulations": 12,
+        "max_depth": 5,
+        "max_step_tokens": 16,
+        "search_temperature": 0.7,
+        "search_rows": 128,
+        "cache_tokens": 131072,
+        # answering
+        "answer_temperature": 0.3,
+        "answer_lanes": 512,
+        # the objective
+        "policy_weight": 0.05,
+        "sft_weight": 1.0,
+        # training
+        "rounds": 2,
+        "sft_steps": 2000,
+        "sft_batch": 32,
+        "sft_lr": 3e-3,
+        "tune_batch": 8,
+        "tune_lr": 5e-4,
+        "row_tokens": 256,
+    },
+    lambda flags: is_built_in(flags["data"]),
+)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which model, on which questions."""
+
+    model: str = flag("", "model folder, preset or repository id")
+    data: str = flag(
+        "",
+        "arithmetic or deduction (built in), with :SPLIT if not test; or datasets (NAME, "
+        "NAME:SPLIT or NAME:FILE) and JSONL files of questions",
+        many=True,
+    )
+    data_dir: str = flag("", "folder of datasets, NAME/SPLIT.jsonl; empty: they are downloaded")
+    prompt: str = flag("", "file with the text around {question}")
+    chat: bool = flag(False, "put the prompt into the model's chat template")
+    steps: str = flag(
+        "",
+        "what ends a step: a line, a blank line (paragraphs), or XML: <step> with <p>, <code> and "
+        "<output>; empty: the dataset's",
+        choices=tuple(STEP_FORMATS),
+    )
+    tools: str = flag(
+        "none",
+        "python: code in XML steps runs, and its output is added",
+        choices=("none", "python"),
+    )
+    limit: int = flag(0, "use the first N questions; 0: all (500 built-in ones)", least=0)
+    seed: int = flag(0, "seed of sampling")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
+
+
+def step_format(source: SourceConfig) -> StepFormat:
+    """The format that --steps names, else that of the datasets of --data."""
+    if source.steps:
+        return STEP_FORMATS[source.steps]
+    if is_built_in(source.data):
+        return LINES
+    words = [source.data] if Path(source.data).exists() else source.data.split()
+    formats = {DATASETS[locate(word, source.data_dir)[0]].steps for word in words}
+    if len(formats) > 1:
+        raise InputError(f"--data {source.data}: these end steps differently; choose --steps")
+    return formats.pop() if formats else LINES
+
+
+def find_source(source: SourceConfig) -> tuple[Path, StepTokenizer]:
     """The folder of the model that a command names, and its tokenizer with the prompt template."""
-    folder, xml, tools = find_folder(source.model), source.steps == "xml", source.tools == "python"
-    if tools and not xml:
-        raise InputError("--tools python needs --steps xml: lines have no code blocks")
+    folder = find_folder(source.model)
+    steps = step_format(source)
+    tools = source.tools == "python"
+    if tools and steps is not XML:
+        raise InputError("--tools python needs --steps xml: other steps have no code blocks")
     if tools and run_code(["<code>6 * 7</code>"]) != ["42"]:
         raise InputError("--tools python: the sandbox does not compute 6 * 7")
     chat = chat_template(folder) if source.chat else None
-    # first: a tokenizer of another model is told by its size
-    tokenizer = StepTokenizer.load(folder, read_template(source.prompt), chat=chat, xml=xml, tools=tools)
+    template = read_template(source.prompt)
+    # read before the weights: a tokenizer of another model is told by its size
+    tokenizer = StepTokenizer.load(folder, template, chat=chat, steps=steps, tools=tools)
     if not (folder / "value_head.safetensors").exists():
-        print(f"{folder} has no value head; it starts at random, and what it ranks is ranked at random")
+        print(f"{folder} has no value head; a random one is used, and its rankings are random")
     return folder, tokenizer
-
-
-def load_source(source: SourceConfig, question_seed: int = 0) -> tuple:
-    """The model (model.Llama), its tokenizer and the questions that a command names."""
-    questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
-    folder, tokenizer = find_source(source)
-    # what no word covers is end-of-text in the built-in tasks
-    if is_built_in(source.data) and set(tokenizer.eos_ids) & set(tokenizer.encode_prompt(questions[0])):
-        raise InputError(f"--data {source.data}: the tokenizer of {folder} does not know its words; the model is of another task")
-    return load_model(folder, device_of(source), getattr(torch, source.dtype), source.seed), tokenizer, questions

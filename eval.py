@@ -1,12 +1,14 @@
-"""Answering with every strategy at a known budget of tokens, and how good the value is at judging steps.
+"""Answering with every strategy at a known cost, and how good the value is at judging steps.
 
-    python eval.py --model FOLDER --data SPEC --strategy greedy majority:5 best:5 beam:3,5 mcts:16 --json out.json
-    python eval.py --model FOLDER --data SPEC --budget --json curve.json      accuracy against sampled tokens, with a figure
+    python eval.py --model FOLDER --data SPEC --strategy greedy majority:5 best:5 beam:3,5 mcts:16
+    python eval.py --model FOLDER --data SPEC --budget --json curve.json
+                                            accuracy against sampled tokens, with a figure
+    python eval.py --show TREES             the trees of a file as a page
 
-Every strategy is a generator for the driver of mcts.py: it yields nodes to extend and returns the node it answers with.
-
-Dimension key: B rows, T tokens, D width, X tokens of a pack, M sampled tokens, E nodes of a pack.
+A strategy is a generator for the engine (engine.py): it yields the nodes it wants extended,
+receives their children, and returns the node that it answers with, or None.
 """
+
 import dataclasses
 import math
 import os
@@ -14,70 +16,82 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from data import Question, SourceConfig, StepTokenizer, extract_answer, grade, is_correct, load_source, parse_args, \
-    read_trees, run_command, to_tree
-from mcts import Driver, Node, SearchConfig, backup, grader, mcts, search_trees
-from model import Llama, block_mask, load_model, tree_mask
-from support.diagnosis import diagnose
-from support.figures import draw_run
-from support.files import write_json
-from support.packing import Pack
-from support.page import show_trees
-from support.ranks import gather, share
-from support.reports import draw_budget, print_answers, print_audit, print_diagnosis
-from support.tree_files import check_tokens
-from svpo import InputError, Tree, flag, pack, sibling_pairs, step_logp, token_logp
+from data import (
+    BUILT_IN,
+    Question,
+    SourceConfig,
+    StepTokenizer,
+    Tree,
+    check_token_ids,
+    read_trees,
+)
+from engine import Demand, Engine, Node, load_source
+from mcts import SearchConfig, mcts, search_trees
+from model import Llama, load_model
+from support.figures import draw_budget, draw_run
+from support.files import read_json, write_json
+from support.flags import InputError, flag, parse_args, run_command
+from support.page import shorten, write_page
+from support.ranks import gather, rank_share
+from support.tables import print_answers, print_audit, print_diagnosis
+from svpo import outcomes_below, rescore, sibling_pairs
+from tasks.grading import compare_answers, extract_answer, is_correct
 
-BUDGET = ("greedy", "majority:1", *(f"{name}:{count}" for name in ("majority", "best") for count in (2, 4, 8, 16, 32)),
-          "beam:1,2", "beam:1,3", "beam:1,5", "beam:1,10", "beam:2,5", "beam:3,5", "beam:5,5", "mcts:2", "mcts:4", "mcts:8", "mcts:16")
+BUDGET = (  # the strategies of --budget
+    "greedy",
+    *(f"majority:{count}" for count in (1, 2, 4, 8, 16, 32)),
+    *(f"best:{count}" for count in (2, 4, 8, 16, 32)),
+    *(f"beam:1,{count}" for count in (2, 3, 5, 10)),
+    *(f"beam:{count},5" for count in (2, 3, 5)),
+    *(f"mcts:{count}" for count in (2, 4, 8, 16)),
+)
 
 
 @dataclass(frozen=True)
 class AnswerConfig:
     """Answering new questions."""
-    answer_temperature: float = flag(0.6, "of all strategies but greedy (0) and sampled (1); AlphaMath: 0.6 in its config, "
-                                          "1.0 in its table", built_in=0.3, least=0)
-    answer_lanes: int = flag(32, "steps decoded at once, over all questions", built_in=512, least=1)
+
+    answer_temperature: float = flag(
+        0.6,
+        "of all strategies but greedy (0) and sampled (1); AlphaMath: 0.6 in its config, 1.0 in "
+        "its table",
+        least=0,
+    )
+    answer_lanes: int = flag(32, "steps decoded at once, over all questions", least=1)
 
 
-# --------------------------------------------------------------------------------------------- strategies
+# ------------------------------------------------------------------------------------- strategies
 
-def samples(root: Node, count: int, choose: Callable):
-    """`count` whole solutions, sampled independently; `choose` picks one of those that state an answer."""
+
+def samples(
+    root: Node, count: int, choose: Callable[[list[Node]], Node]
+) -> Generator[list[Node], list[Node], Node | None]:
+    """Sample `count` whole solutions independently; `choose` picks one that states an answer."""
     solutions = yield [root] * count
-    answered = [node for node in solutions or [] if node.ending == "answer"]
+    answered = [node for node in solutions if node.ending == "answer"]
     return choose(answered) if answered else None
 
 
-def sample_group(root: Node, count: int, grade: Callable):
-    """GRPO's group: `count` whole solutions as one tree, each backed up alone; steps that begin alike are one node."""
-    for last in (yield [root] * count) or []:
-        node = root
-        for step in last.path():
-            twin = next((child for child in node.children if child.tokens == step.tokens), None)
-            if twin is None:
-                node.children.append(step)
-                step.parent = node
-            node = twin or step
-        node.ending = node.ending or "deep"
-        node.reward = grade(node)
-        backup(node, node.reward)
-
-
 def majority(answered: list[Node]) -> Node:
-    """A solution whose answer occurs most often; answers that grade as equal are one. The earliest wins a tie."""
+    """A solution whose answer occurs most often.
+
+    Answers that grade as equal are one. The earliest wins a tie.
+    """
     groups = []
     for node in answered:
         answer = extract_answer(node.text)
-        group = next((group for group in groups if is_correct(answer, extract_answer(group[0].text))), None)
-        group.append(node) if group else groups.append([node])
+        for group in groups:
+            if is_correct(answer, extract_answer(group[0].text)):
+                group.append(node)
+                break
+        else:
+            groups.append([node])
     return max(groups, key=len)[0]
 
 
@@ -86,221 +100,456 @@ def best_value(answered: list[Node]) -> Node:
     return max(answered, key=lambda node: node.value)
 
 
-def beam_search(root: Node, beam_width: int, expand_width: int, max_depth: int):
-    """Step-level beam search SBS(B1, B2) (AlphaMath algorithm 2), B1 = beam_width, B2 = expand_width.
+def beam_search(
+    root: Node, beam_width: int, expand_width: int, max_depth: int
+) -> Generator[list[Node], list[Node], Node | None]:
+    """Step-level beam search SBS(B1, B2) (AlphaMath algorithm 2).
 
-    Keep the B1 partial solutions whose newest step has the highest V among B2 sampled steps from each (B1 * B2 from the
-    root); finished ones leave the beam and shrink it; the answer is the finished solution of highest V. Steps that can
-    never answer (cut, ended without an answer, at max_depth) are dropped first: our choice.
+    B1 = beam_width, B2 = expand_width. Keep the B1 partial solutions whose newest step has the
+    highest V, among B2 sampled steps from each (B1 * B2 from the root). Finished ones leave the
+    beam and shrink it. The answer is the finished solution of highest V. Steps that can never
+    answer (cut, ended without an answer, at max_depth) are dropped first, as in the official code.
     """
-    beam, finished = [root], []
+    beam = [root]
+    finished = []
     while beam and len(finished) < beam_width:
         open_width = beam_width - len(finished)
-        children = yield [node for node in beam for _ in range(expand_width * (beam_width if node is root else 1))]
-        useful = [child for child in children or [] if child.ending == "answer" or not child.ending and child.depth < max_depth]
-        different = {(id(child.parent), tuple(child.tokens)): child for child in useful}.values()
-        best = sorted(different, key=lambda child: -child.value)[:open_width]
+        copies = expand_width * (beam_width if beam == [root] else 1)
+        children = yield [node for node in beam for _ in range(copies)]
+        useful = [child for child in children if can_answer(child, max_depth)]
+        different = {(id(child.parent), tuple(child.tokens)): child for child in useful}
+        best = sorted(different.values(), key=lambda child: -child.value)[:open_width]
         finished += [child for child in best if child.ending]
         beam = [child for child in best if not child.ending]
     return max(finished, key=lambda child: child.value) if finished else None
 
 
-def tree_search(root: Node, config: SearchConfig, rng: random.Random):
-    """MCTS with lambda = 0 (AlphaMath section 3): stated answers are scored by V, as the right one is not known; steps that
-    can never answer by -1 (our choice). Then down by Q, towards solutions that state an answer."""
+def can_answer(node: Node, max_depth: int) -> bool:
+    """Whether a node states an answer, or can still be extended."""
+    return node.ending == "answer" or (not node.ending and node.depth < max_depth)
+
+
+def tree_search(
+    root: Node, config: SearchConfig, rng: random.Random
+) -> Generator[list[Node], list[Node], Node | None]:
+    """MCTS with lambda = 0 (AlphaMath section 3), then down by Q.
+
+    The right answer is not known, so stated answers are scored by V. Steps that can never answer
+    are scored -1, and the walk goes only towards stated answers; both as in the official code.
+    """
     yield from mcts(root, config, lambda node: node.value if node.ending == "answer" else -1.0, rng)
 
     def answers(node):
         return node.ending == "answer" or any(map(answers, node.children))
-    node = root if answers(root) else None
-    while node and node.children:
+
+    if not answers(root):
+        return None
+    node = root
+    while node.children:
         node = max(filter(answers, node.children), key=lambda child: child.q_value)
     return node
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the driver needs to know of a strategy."""
-    lanes: int  # steps or solutions decoded at once for a question, at most
-    paths: int  # partial solutions extended at once, at most
-    expansions: int  # extensions that the cache has room for in any case; later ones may find none, and get None for children
-    through: int  # steps that a lane runs through by itself; 1: the generator chooses after each
-    temperature: float
-    start: Callable  # (question, root) -> generator
+class Strategy:
+    """A way to answer a question: what it asks of the engine, and its generator."""
+
+    demand: Demand
+    start: Callable[[Question, Node], Generator]
 
 
-SEARCHES = {}  # further ones: name -> function of (the numbers after its name, SearchConfig, temperature) that returns a Plan
+# strategies of your own: name -> function of (the numbers after the name, SearchConfig,
+# temperature) that returns a Strategy
+STRATEGIES = {}
+NUMBERS = {"greedy": 0, "sampled": 0, "majority": 1, "best": 1, "beam": 2, "mcts": 1}
 
 
-def plan(strategy: str, search: SearchConfig = SearchConfig(), config: AnswerConfig = AnswerConfig(), seed: int = 0) -> Plan:
-    """`greedy`, `sampled`, `majority:K`, `best:K`, `beam:B1,B2` or `mcts:SIMULATIONS`; other names raise InputError."""
-    name, _, text = strategy.partition(":")
-    numbers = [int(number) if number.isdecimal() else 0 for number in text.split(",")] if text else []
-    temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
-    if name in SEARCHES:
+def parse_strategy(
+    text: str,
+    search: SearchConfig | None = None,
+    config: AnswerConfig | None = None,
+    seed: int = 0,
+) -> Strategy:
+    """`greedy`, `sampled`, `majority:K`, `best:K`, `beam:B1,B2` or `mcts:SIMULATIONS`.
+
+    InputError for any other name, or numbers that do not fit.
+    """
+    search = search or SearchConfig()
+    config = config or AnswerConfig()
+    name, _, rest = text.partition(":")
+    parts = rest.split(",") if rest else []
+    numbers = [int(part) if part.isdecimal() else 0 for part in parts]
+    if name in STRATEGIES:
         try:
-            return SEARCHES[name](numbers, search, temperature)
+            return STRATEGIES[name](numbers, search, config.answer_temperature)
         except (IndexError, TypeError, ValueError, ArithmeticError) as error:
-            raise InputError(f"--strategy {strategy}: its numbers do not fit ({error})")
-    if len(numbers) != {"greedy": 0, "sampled": 0, "beam": 2}.get(name, 1) or min(numbers, default=1) < 1 or name not in (
-            "greedy", "sampled", "majority", "best", "beam", "mcts"):
-        raise InputError(f"unknown strategy {strategy!r}; there are " + ", ".join(
-            ["greedy", "sampled", "majority:K", "best:K", "beam:B1,B2", "mcts:N", *SEARCHES]))
+            raise InputError(f"--strategy {text}: its numbers do not fit ({error})")
+    if len(numbers) != NUMBERS.get(name) or min(numbers, default=1) < 1:
+        known = ["greedy", "sampled", "majority:K", "best:K", "beam:B1,B2", "mcts:N", *STRATEGIES]
+        raise InputError(f"unknown strategy {text!r}; there are {', '.join(known)}")
     if name == "beam":
-        return Plan(numbers[0] * numbers[1], numbers[0], search.max_depth, 1, temperature,
-                    lambda question, root: beam_search(root, *numbers, search.max_depth))
+        return beam_strategy(*numbers, search, config.answer_temperature)
     if name == "mcts":
-        config = dataclasses.replace(search, simulations=numbers[0], leaf_value=True)
-        return Plan(search.expand_width, 1, numbers[0], 1, temperature,
-                    lambda question, root: tree_search(root, config, random.Random(f"{seed} {question.id}")))
-    count, choose = numbers[0] if numbers else 1, best_value if name == "best" else majority
-    return Plan(count, 1, 1, search.max_depth, temperature, lambda question, root: samples(root, count, choose))
+        return mcts_strategy(*numbers, search, config.answer_temperature, seed)
+    temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
+    count = numbers[0] if numbers else 1
+    choose = best_value if name == "best" else majority
+    demand = Demand(count, temperature, expansions=1, steps_per_lane=search.max_depth)
+    return Strategy(demand, lambda question, root: samples(root, count, choose))
 
 
-def answer_questions(model: Llama, tokenizer: StepTokenizer, questions: list[Question], strategy: str,
-                     search: SearchConfig, config: AnswerConfig, seed: int = 0) -> dict:
-    """Answer every question once, each rank its share; accuracy with its standard error, and what a question cost."""
-    chosen = plan(strategy, search, config, seed)
-    driver = Driver(model, tokenizer, share(questions), max(1, config.answer_lanes // chosen.lanes), chosen.lanes, chosen.temperature,
-                    search, chosen.expansions, seed, chosen.paths, chosen.through, fit=True)
-    begin, answers = time.perf_counter(), []
-    for question, root, node in driver.run(chosen.start, f"answer {strategy}"):
-        text = "".join(step.text for step in node.path()) if node else ""
-        stated = extract_answer(node.text) if node and node.ending == "answer" else None
-        correct, stage = grade(stated, question.answer)
-        answers.append({"id": question.id, "text": text, "answer": stated, "reference": question.answer, "correct": correct,
-                        "graded_by": stage})
-    answers, count = gather(answers), len(questions)
-    costs = {name: sum(gather([getattr(driver, name)])) / count for name in ("sampled_tokens", "fed_tokens", "steps")}
-    accuracy = sum(row["correct"] for row in answers) / count
-    return {"strategy": strategy, "questions": count, "accuracy": accuracy,
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
-            "stated": sum(row["answer"] is not None for row in answers) / count,
-            **costs, "seconds": (time.perf_counter() - begin) / count,
-            "answers": sorted(answers, key=lambda row: row["id"])}
+def beam_strategy(
+    beam_width: int, expand_width: int, search: SearchConfig, temperature: float
+) -> Strategy:
+    """Step-level beam search as a strategy."""
+    lanes = beam_width * expand_width
+    demand = Demand(lanes, temperature, expansions=search.max_depth, paths=beam_width)
+
+    def start(question, root):
+        return beam_search(root, beam_width, expand_width, search.max_depth)
+
+    return Strategy(demand, start)
 
 
-# --------------------------------------------------------------------------------------------- judging steps
+def mcts_strategy(
+    simulations: int, search: SearchConfig, temperature: float, seed: int
+) -> Strategy:
+    """MCTS with V in place of outcomes as a strategy."""
+    config = dataclasses.replace(search, simulations=simulations, leaf_value=True)
+    demand = Demand(search.expand_width, temperature, expansions=simulations)
 
-def score(model, packed: Pack, needed_E: Tensor | None = None, dropout_ED: Tensor | None = None):
-    """log pi of each sampled token (M,) and V of each node (E,) from one pass of `model` (model.Llama) over a pack; the
-    tokens are those of the `needed_E` nodes where that is given. Also returns their nodes (M,)."""
-    device = next(model.parameters()).device
-    chosen = slice(None) if needed_E is None else needed_E[packed.node_M]
-    token_M, predictor_M, node_M, last_E, token_BT, position_BT, end_BT = (part.to(device) for part in (
-        packed.token_BT.flatten()[packed.target_M][chosen], packed.predictor_M[chosen], packed.node_M[chosen], packed.last_E,
-        packed.token_BT, packed.position_BT, packed.subtree_end_BT))
+    def start(question, root):
+        return tree_search(root, config, random.Random(f"{seed} {question.id}"))
 
-    def read(hidden_BTD):
-        hidden_XD = hidden_BTD.flatten(0, 1)
-        return token_logp(hidden_XD[predictor_M], model.output_weight(), token_M), model.value(hidden_XD[last_E], dropout_ED)
-    mask = block_mask(end_BT) if device.type == "cuda" else tree_mask(end_BT)
-    return *model(token_BT, position_BT, mask, read=read), node_M
+    return Strategy(demand, start)
 
 
-def passes(trees: list[Tree], tokens: int) -> list[list[int]]:
-    """Indices of whole trees in turn, as many as have `tokens` tokens together; 0: all."""
-    groups, left = [], 0
-    for index, tree in enumerate(trees):
-        size = sum(len(node.tokens) for node in tree.nodes)
-        if not groups or left < size and tokens:
-            groups.append([])
-            left = tokens
-        groups[-1].append(index)
-        left -= size
-    return groups
+def answer_questions(
+    model: Llama,
+    tokenizer: StepTokenizer,
+    questions: list[Question],
+    strategy: str,
+    search: SearchConfig,
+    config: AnswerConfig,
+    seed: int = 0,
+) -> dict:
+    """Answer every question once, each rank its share.
+
+    Returns accuracy with its standard error, what a question cost (tokens, steps, seconds), and
+    every answer.
+    """
+    chosen = parse_strategy(strategy, search, config, seed)
+    rows = max(1, config.answer_lanes // chosen.demand.lanes)
+    mine = rank_share(questions)
+    engine = Engine(model, tokenizer, mine, chosen.demand, search, rows, seed, fit=True)
+    begin = time.perf_counter()
+    answers = []
+    for question, _, node in engine.run(chosen.start, f"answer {strategy}"):
+        answers.append(grade_solution(question, node))
+    answers = gather(answers)
+    count = len(questions)
+    accuracy = sum(answer["correct"] for answer in answers) / count
+    costs = {}
+    for name in ("sampled_tokens", "fed_tokens", "steps"):
+        costs[name] = sum(gather([getattr(engine, name)])) / count
+    return {
+        "strategy": strategy,
+        "questions": count,
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
+        "stated": sum(answer["answer"] is not None for answer in answers) / count,
+        **costs,
+        "seconds": (time.perf_counter() - begin) / count,
+        "answers": sorted(answers, key=lambda answer: answer["id"]),
+    }
 
 
-@torch.inference_mode()
-def rescore(model: Llama, trees: list[Tree], row_tokens: int = 0, pack_tokens: int = 0) -> list[Tree]:
-    """The same trees with the values and log-probabilities of this model."""
-    judged = []
-    for chunk in ([trees[index] for index in group] for group in passes(trees, pack_tokens or 8192)):
-        packed = pack(chunk, row_tokens, next(model.parameters()).device)
-        logp_M, value_E, node_M = score(model, packed)
-        scores = zip(step_logp(logp_M, node_M, len(value_E)).tolist(), value_E.tolist())
-        judged += [dataclasses.replace(tree, nodes=[dataclasses.replace(node, logp=logp, value=value) for node, (logp, value)
-                                                    in zip(tree.nodes, scores)]) for tree in chunk]
-    return judged
+def grade_solution(question: Question, node: Node | None) -> dict:
+    """An answer as it stands in JSON, with the stage of grading that decided."""
+    text = "".join(step.text for step in node.path()) if node else ""
+    stated = extract_answer(node.text) if node and node.ending == "answer" else None
+    correct, stage = compare_answers(stated, question.answer)
+    return {
+        "id": question.id,
+        "text": text,
+        "answer": stated,
+        "reference": question.answer,
+        "correct": correct,
+        "graded_by": stage,
+    }
 
 
-def grow_judged(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, seed: int,
-                label: str = "sibling accuracy") -> list[Tree]:
-    """Trees to measure sibling accuracy on, grown from outcomes alone: the judged value has no part in their labels."""
-    return list(search_trees(model, tokenizer, questions, dataclasses.replace(search, leaf_value=False), seed, label))
+# ---------------------------------------------------------------------------------- judging steps
 
 
-def grow_groups(model: Llama, tokenizer: StepTokenizer, questions: list[Question], search: SearchConfig, count: int,
-                seed: int) -> list[Tree]:
-    """A tree of `count` samples (temperature 1) for each question, in their order; their ids must differ."""
-    driver = Driver(model, tokenizer, questions, search.search_rows, count, 1.0, search, 1, seed, through=search.max_depth, fit=True)
-    ends = driver.ends(lambda question, root: sample_group(root, count, grader(question)))
-    trees = {question.id: to_tree(question, root, 1, "samples") for question, root, _ in ends}
-    return [trees[question.id] for question in questions]
+def grow_judged(
+    model: Llama,
+    tokenizer: StepTokenizer,
+    questions: list[Question],
+    search: SearchConfig,
+    seed: int,
+    label: str = "sibling accuracy",
+) -> list[Tree]:
+    """Trees to measure sibling accuracy on.
+
+    They are grown from outcomes alone: the value that is judged has no part in their labels.
+    """
+    outcomes_only = dataclasses.replace(search, leaf_value=False)
+    return list(search_trees(model, tokenizer, questions, outcomes_only, seed, label))
 
 
 def sibling_accuracy(trees: list[Tree]) -> dict:
-    """How often V ranks the better of two siblings higher: the mean over trees of the share of their pairs.
+    """How often V ranks the better of two siblings higher: the mean over trees of their share.
 
-    The pairs are those of `sibling_pairs` without a gap; 0.5 is chance. The standard error counts trees, not pairs; None
-    where there are too few.
+    The pairs are those of `sibling_pairs` without a gap; 0.5 is chance. The standard error counts
+    trees, not pairs; None if there are too few.
     """
-    found = [(tree, sibling_pairs(tree)) for tree in trees]
-    shares = [sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs) / len(pairs)
-              for tree, pairs in found if pairs]
-    return {"trees": len(shares), "accuracy": statistics.fmean(shares) if shares else None,
-            "standard_error": statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None}
+    shares = []
+    for tree in trees:
+        pairs = sibling_pairs(tree)
+        right = sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs)
+        if pairs:
+            shares.append(right / len(pairs))
+    error = statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None
+    return {
+        "trees": len(shares),
+        "accuracy": statistics.fmean(shares) if shares else None,
+        "standard_error": error,
+    }
+
+
+def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
+    """How well a model judges the steps of searched trees; `judged` are rescored with it.
+
+    `by_depth` has pairs a tree and the share that is ranked right, by V, by the implicit reward and
+    by mean log-probability (`pair_gaps`). Pooled over the steps of all trees: `calibration` of
+    (V + 1) / 2 as the chance to end correctly, its expected error, and the AUC of V for last steps
+    and the others, against the outcomes that search found.
+    """
+    depths = {}
+    chance, value, last = [], [], []
+    for tree, scored in zip(trees, judged):
+        for win, lose, _ in sibling_pairs(tree):
+            gaps = pair_gaps(tree, scored, win, lose)
+            # gaps under 0.001 are ties and count half
+            ranked = [0.5 if abs(gap) < 1e-3 else float(gap > 0) for gap in gaps]
+            depths.setdefault(len(tree.path(win)), []).append(ranked)
+        for index, (right, wrong) in enumerate(zip(*outcomes_below(tree))):
+            if index and right + wrong:
+                chance.append(right / (right + wrong))
+                value.append(scored.nodes[index].value)
+                last.append(tree.nodes[index].reward is not None)
+    chance, value, last = np.array(chance), np.array(value), np.array(last, dtype=bool)
+    by_depth = []
+    for depth, rows in sorted(depths.items()):
+        shares = zip(("value", "implicit_reward", "mean_logp"), np.mean(rows, axis=0).tolist())
+        row = {"depth": depth, "pairs_a_tree": len(rows) / len(trees)}
+        by_depth.append(row | dict(shares))
+    calibration = calibrate(value, chance)
+    gaps = [row["steps"] * abs(row["predicted"] - row["found"]) for row in calibration]
+    return {
+        "by_depth": by_depth,
+        "calibration": calibration,
+        "auc_steps": soft_auc(value[~last], chance[~last]),
+        "auc_ends": soft_auc(value[last], chance[last]),
+        "calibration_error": sum(gaps) / len(value) if len(value) else None,
+    }
+
+
+def pair_gaps(tree: Tree, judged: Tree, win: int, lose: int) -> tuple[float, float, float]:
+    """By how much a judge puts one sibling above another.
+
+    By V; by the implicit reward log pi - log ref (DPO section 4), with the policy that grew the
+    trees as the reference; and by the mean token log-probability.
+    """
+
+    def scores(index):
+        node = judged.nodes[index]
+        implicit = node.logp - tree.nodes[index].logp
+        return node.value, implicit, node.logp / max(1, sum(node.sampled))
+
+    value, reward, mean_logp = (w - l for w, l in zip(scores(win), scores(lose)))
+    return value, reward, mean_logp
+
+
+def calibrate(value: np.ndarray, chance: np.ndarray) -> list[dict]:
+    """(V + 1) / 2 against the chance to end correctly, in ten bins of V without the empty ones."""
+    bins = np.clip(((value + 1) * 5).astype(int), 0, 9)
+    rows = []
+    for number in range(10):
+        inside = bins == number
+        if inside.any():
+            predicted = float((value[inside].mean() + 1) / 2)
+            found = float(chance[inside].mean())
+            rows.append({"steps": int(inside.sum()), "predicted": predicted, "found": found})
+    return rows
+
+
+def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
+    """The probability that a right case scores above a wrong one; ties count half.
+
+    Each case is right with weight `chance`. None if there are no right or no wrong cases.
+    """
+    _, place = np.unique(score, return_inverse=True)
+    right = np.bincount(place, chance)
+    wrong = np.bincount(place, 1 - chance)
+    total = right.sum() * wrong.sum()
+    return float((right * (wrong.cumsum() - wrong / 2)).sum() / total) if total > 0 else None
+
+
+# ---------------------------------------------------------------------------------- the tree page
+
+
+def show_trees(file: Path, model: str) -> str:
+    """Draw the trees of a file as a page beside it; returns what there is to say of it."""
+    trees = read_trees(file)
+    out = file.with_suffix(".html")
+    if not trees:
+        raise InputError(f"{file}: there are no trees in it")
+    tokenizer = find_tokenizer(file, model)
+    count = write_page([page_row(tree, tokenizer) for tree in trees], out)
+    return f"{out}: {count} of {len(trees)} trees"
+
+
+def find_tokenizer(trees: Path, model: str) -> StepTokenizer:
+    """The tokenizer of the model that grew the trees of a file.
+
+    It is named, or stands beside the trees in a run folder, or in the configuration of a search.
+    """
+    folders = [model]
+    if not model:
+        kept = trees.with_name(trees.name + ".config")
+        source = read_json(kept).get("SourceConfig", {}) if kept.exists() else {}
+        folders = [trees.parent, source.get("model")]
+    for folder in filter(None, folders):
+        if (Path(folder) / "tokenizer.json").exists():
+            return StepTokenizer.load(folder)
+    raise InputError(
+        f"{trees}: the model that grew these trees is not beside them; name its folder with --model"
+    )
+
+
+def page_row(tree: Tree, tokenizer: StepTokenizer, min_gap: float = 0.0) -> dict:
+    """What the page shows of a tree (support/page.py)."""
+    nodes = []
+    for node in tree.nodes:
+        text = shorten(tokenizer.tokenizer.decode(node.tokens))
+        q, v, prior = (round(number, 2) for number in (node.q_value, node.value, node.prior))
+        nodes.append([node.parent, text, node.visit_count, q, v, prior, node.reward, node.ending])
+    return {
+        "question": shorten(tree.question),
+        "answer": shorten(tree.answer),
+        "simulations": tree.simulations,
+        "stopped": tree.stopped,
+        "nodes": nodes,
+        "solved": any(node.reward == 1 for node in tree.nodes),
+        "pairs": [[win, lose] for win, lose, _ in sibling_pairs(tree, min_gap=min_gap)],
+        "path": preferred_path(tree),
+    }
+
+
+def preferred_path(tree: Tree) -> list[int]:
+    """The nodes that a beam of one takes in the tree as it is.
+
+    From each the child with the highest V, of those that can still answer (`beam_search`).
+    """
+    children = {}
+    for index, node in enumerate(tree.nodes):
+        if node.ending in (None, "answer"):
+            children.setdefault(node.parent, []).append(index)
+    nodes = []
+    node = 0
+    while node in children:
+        node = max(children[node], key=lambda index: tree.nodes[index].value)
+        nodes.append(node)
+    return nodes
+
+
+def show_run(run: Path, device: str) -> Path:
+    """Draw RUN/figures.png (support/figures.py)."""
+    files = sorted(run.glob("*/valid-trees.jsonl"))
+    trees = read_trees(files[0]) if files else []
+
+    def calibration(folder):
+        if not trees:
+            return []
+        return diagnose(trees, rescore(load_model(folder, device), trees))["calibration"]
+
+    return draw_run(run, calibration)
+
+
+# -------------------------------------------------------------------------------------- the command
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """How to answer, and what else to measure."""
-    strategy: tuple = flag(("greedy", "sampled", "beam:1,5", "beam:3,5"), "greedy, sampled, majority:K, best:K, beam:B1,B2, mcts:N")
+
+    strategy: tuple = flag(
+        ("greedy", "sampled", "beam:1,5", "beam:3,5"),
+        "greedy, sampled, majority:K, best:K, beam:B1,B2, mcts:N",
+    )
     budget: bool = flag(False, "answer with every kind of strategy at several sizes instead")
-    json: str = flag("", "write the tables and every answer to this file; the curve of --budget beside it, as .png")
+    json: str = flag(
+        "",
+        "write the tables and every answer to this file; the curve of --budget beside it, as .png",
+    )
     audit: int = flag(0, "print how answers were graded, and N of each strategy's to read", least=0)
-    trees: str = flag("", "judge the steps of these trees, whose policy is the reference of the implicit reward; best of questions "
-                          "not trained on, searched with --no-leaf-value")
+    trees: str = flag(
+        "",
+        "judge the steps of these trees, whose policy is the reference of the implicit reward; "
+        "best of questions not trained on, searched with --no-leaf-value",
+    )
     figures: str = flag("", "draw this run folder, RUN/figures.png, and end; needs matplotlib")
-    show: str = flag("", "draw the trees of this file as a page, FILE.html, and end; needs no --data, and --model only where "
-                         "it is not told")
+    show: str = flag(
+        "",
+        "draw the trees of this file as a page, FILE.html, and end; needs no --data, and --model "
+        "only if the model is not beside them",
+    )
 
 
 def main():
     drawing = any(word.startswith(("--show", "--figures")) for word in sys.argv)
     stages = (SourceConfig, EvalConfig, SearchConfig, AnswerConfig)
-    source, config, search, answering = parse_args(__doc__, stages, sys.argv[1:], () if drawing else ("model", "data"))
+    required = () if drawing else ("model", "data")
+    configs = parse_args(__doc__, stages, sys.argv[1:], required, BUILT_IN)
+    source, config, search, answering = configs
     if config.show:
-        return print(show_trees(Path(config.show), source.model))
+        print(show_trees(Path(config.show), source.model))
+        return
     if config.figures:
-        def judge(folder, trees):
-            return diagnose(trees, rescore(load_model(folder, source.device), trees))
-        return print(draw_run(Path(config.figures), judge))
+        print(show_run(Path(config.figures), source.device))
+        return
     strategies = BUDGET if config.budget else config.strategy
     for strategy in strategies:
-        plan(strategy)
-    if config.json and not os.access(Path(config.json).absolute().parent, os.W_OK):
-        raise InputError(f"--json {config.json}: its folder does not exist or cannot be written to")
+        parse_strategy(strategy)
+    out = Path(config.json)
+    if config.json and not os.access(out.absolute().parent, os.W_OK):
+        raise InputError(f"--json {out}: its folder does not exist or cannot be written to")
     trees = read_trees(config.trees) if config.trees else []
     model, tokenizer, questions = load_source(source)
-    check_tokens(trees, model.config.vocab_size, config.trees)
-    row = {"model": source.model, "answers": []}
+    check_token_ids(trees, model.config.vocab_size, config.trees)
+    answers = []
+    row = {"model": source.model, "answers": answers}
     for strategy in strategies:
-        row["answers"].append(answer_questions(model, tokenizer, questions, strategy, search, answering, source.seed))
+        found = answer_questions(
+            model, tokenizer, questions, strategy, search, answering, source.seed
+        )
+        answers.append(found)
         if config.json:
-            write_json(Path(config.json), row)
+            write_json(out, row)
     print(f"\n{source.model} on {len(questions)} questions of {source.data}")
-    print_answers(row["answers"])
+    print_answers(answers)
     if config.audit:
-        print_audit(row["answers"], config.audit)
+        print_audit(answers, config.audit)
     if trees:
         judged = rescore(model, trees)
         row |= {"siblings": sibling_accuracy(judged), "diagnosis": diagnose(trees, judged)}
         print_diagnosis(row["diagnosis"])
     if config.json:
-        write_json(Path(config.json), row)
-        if config.budget:
-            draw_budget(row["answers"], Path(config.json).with_suffix(".png"))
+        write_json(out, row)
+    if config.json and config.budget:
+        draw_budget(answers, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""LLaMA with a value head: the network, the tree mask, the tree-shaped KV cache, loading and saving.
+"""LLaMA with a value head: the network, the tree mask, loading and saving.
 
-Module and parameter names equal Hugging Face's `LlamaForCausalLM`, so that checkpoints load without conversion. One
-forward pass returns both heads: next-token logits, and the value V in (-1, 1) of the partial solution that ends at
-each token (AlphaMath section 3: linear + tanh on the last hidden state).
+Module and parameter names equal those of Hugging Face's `LlamaForCausalLM`, so that checkpoints
+load without conversion. One forward pass returns both heads: next-token logits, and the value V in
+(-1, 1) of the partial solution that ends at each token (AlphaMath section 3: linear and tanh on the
+hidden state of the last token).
 
-Dimension key: B rows (trees, packs or questions), T tokens fed, S cached + new tokens, D width, V vocabulary,
-H query heads, G key/value heads, K head width, F feed-forward width, L layers.
+Dimension key: B rows (trees or packs; 1 for a flat line), T tokens, S tokens that may be seen
+(cached and new), M tokens whose log-probability is read, D width, V vocabulary, H query heads,
+G key/value heads, Q queries of the heads that share a key, K head width.
 """
+
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,13 +26,22 @@ from torch.utils.checkpoint import checkpoint
 
 from support.files import publish, write_json
 from support.flags import InputError
-from support.hugging_face import FAMILIES, REQUIRED, check_tensors, parse_config, read_tensors
-from tasks.published import find_folder
+from support.hugging_face import (
+    FAMILIES,
+    REQUIRED,
+    check_tensors,
+    find_folder,
+    parse_config,
+    read_tensors,
+)
+
+LOGITS = 2**24  # logits computed at once while training: 64 MB in float32
 
 
 @dataclass
 class LlamaConfig:
     """The fields of a Hugging Face config.json that change the computation."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -45,6 +58,9 @@ class LlamaConfig:
     eos_token_id: int | list[int] | None = None
     model_type: str = "llama"  # qwen2: q, k and v have biases; qwen3: q and k are normalised
     rope_scaling: dict | None = None  # LLaMA 3.1's
+
+
+# -------------------------------------------------------------------------------------- the network
 
 
 class RMSNorm(nn.Module):
@@ -64,41 +80,69 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 
 @functools.cache
-def flex():  # compiled where there is a kernel for it
+def flex():
+    """flex_attention, compiled where there is a kernel for it."""
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
 
 
 class Attention(nn.Module):
     def __init__(self, c: LlamaConfig, index: int):
         super().__init__()
-        self.index = index  # of the layer, by which the cache knows it
-        self.heads, self.groups, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.model_type == "qwen2")
-        self.k_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=c.model_type == "qwen2")
-        self.v_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=c.model_type == "qwen2")
+        self.index = index  # of the layer, by which a cache knows it
+        self.heads = c.num_attention_heads
+        self.groups = c.num_key_value_heads
+        self.head_dim = c.head_dim
+        bias = c.model_type == "qwen2"
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.groups * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.model_type == "qwen3" else nn.Identity() for _ in "qk")
+        normed = c.model_type == "qwen3"
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None, cache
+    ) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim)), cos, sin)
-        k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim)), cos, sin)
+        q_BTHK = self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim))
+        k_BTGK = self.k_norm(self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim))
         v_BTGK = self.v_proj(x_BTD).view(B, T, self.groups, self.head_dim)
-        if cache is not None:  # from one flat line of tokens to the cache's rows
-            q_BTHK, k_BTGK, v_BTGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
-        q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
-        if isinstance(mask, BlockMask):
-            out_BHTK = flex()(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=self.heads != self.groups)
-        elif cache is None:
-            out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=mask is None,
-                                                      enable_gqa=self.heads != self.groups)
-        else:  # the query heads of a group stand in line as further queries: keys are read once, not once a head
-            q_BGXK = q_BHTK.reshape(q_BHTK.shape[0], self.groups, -1, self.head_dim)
-            out_BHTK = F.scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask).reshape(q_BHTK.shape)
-        out_BTHK = out_BHTK.transpose(1, 2)
-        if cache is not None:
-            out_BTHK = cache.roll_up(out_BTHK)
+        q_BTHK = rotate(q_BTHK, cos, sin)
+        k_BTGK = rotate(k_BTGK, cos, sin)
+        if cache is None:
+            out_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, mask)
+        else:  # from one flat line of tokens to the cache's rows, and back
+            q_BTHK, k_BSGK, v_BSGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
+            out_BTHK = cache.roll_up(self.attend_cached(q_BTHK, k_BSGK, v_BSGK, mask))
         return self.o_proj(out_BTHK.reshape(B, T, -1))
+
+    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask) -> Tensor:
+        """Attention of tokens among themselves (B, T, H, K); plain causal without a mask."""
+        q_BHTK = q_BTHK.transpose(1, 2)
+        k_BGTK = k_BTGK.transpose(1, 2)
+        v_BGTK = v_BTGK.transpose(1, 2)
+        shared = self.heads != self.groups
+        if isinstance(mask, BlockMask):
+            attended = flex()(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=shared)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
+            )
+        return attended.transpose(1, 2)
+
+    def attend_cached(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor) -> Tensor:
+        """Attention of new tokens to a cache (B, T, H, K).
+
+        The heads that share a key stand in line as further queries of that key, so that keys are
+        read once, not once a head. `mask` (B, 1, Q, S) is laid out for that.
+        """
+        q_BHTK = q_BTHK.transpose(1, 2)
+        q_BGQK = q_BHTK.reshape(q_BHTK.shape[0], self.groups, -1, self.head_dim)
+        k_BGSK = k_BSGK.transpose(1, 2)
+        v_BGSK = v_BSGK.transpose(1, 2)
+        out_BGQK = F.scaled_dot_product_attention(q_BGQK, k_BGSK, v_BGSK, attn_mask=mask)
+        return out_BGQK.reshape(q_BHTK.shape).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -126,13 +170,14 @@ class Block(nn.Module):
             return checkpoint(self.block, *inputs, use_reentrant=False)
         return self.block(*inputs)
 
-    def block(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "TreeCache | None") -> Tensor:
+    def block(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask, cache) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: the part that Hugging Face names `model`."""
+
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -140,49 +185,87 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
+class ValueHead(nn.Linear):
+    """V in (-1, 1), float32, of the partial solution that ends at each hidden state (..., D).
+
+    Linear and tanh (AlphaMath section 3; the official code puts dropout before them, see
+    `Llama.value`). Another head only needs the same signature: it is saved, loaded and drawn as
+    this one is.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(super().forward(hidden).squeeze(-1).float())
+
+
 class Llama(nn.Module):
-    """Decoder-only transformer with a language-model head (tied to the embedding or not) and a value head."""
+    """Decoder-only transformer with a language-model head (tied or not) and a value head."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.value_head = nn.Linear(config.hidden_size, 1)
+        self.value_head = ValueHead(config.hidden_size)
 
-    def init_weights(self, seed: int = 0):
-        """Draw fresh weights: normal(0, initializer_range), residual outputs scaled down by depth as in GPT-2."""
+    def init_weights(self, seed: int = 0) -> "Llama":
+        """Draw fresh weights: normal(0, initializer_range), residual outputs scaled down by depth
+        as in GPT-2, biases of the value head 0."""
         generator = torch.Generator().manual_seed(seed)
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.initializer_range
-                nn.init.normal_(parameter, 0.0, std, generator=generator)
-        nn.init.zeros_(self.value_head.bias)
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter_std = residual_std if residual else std
+                nn.init.normal_(parameter, 0.0, parameter_std, generator=generator)
+            elif name.startswith("value_head."):
+                nn.init.zeros_(parameter)
         return self
 
-    def hidden(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
-               cache: "TreeCache | None" = None) -> Tensor:
-        """Final hidden states (B, T, D); both heads are linear functions of them."""
+    def hidden(
+        self,
+        token_BT: Tensor,
+        position_BT: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
+        cache=None,
+    ) -> Tensor:
+        """Final hidden states (B, T, D); both heads are functions of them.
+
+        With a `cache` (engine.TreeCache) the tokens are one flat line of B = 1.
+        """
         if position_BT is None:
-            position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
+            position_T = torch.arange(token_BT.shape[1], device=token_BT.device)
+            position_BT = position_T.expand_as(token_BT)
         x_BTD = self.model.embed_tokens(token_BT)
         cos, sin = self.rotary(position_BT, x_BTD.dtype)
         if isinstance(mask, Tensor):  # additive, converted once
-            mask = torch.zeros(mask.shape, device=mask.device, dtype=x_BTD.dtype).masked_fill_(~mask, -math.inf)
-        if cache is not None:  # repeated for the query heads that share a key (see Attention)
-            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+            additive = torch.zeros(mask.shape, device=mask.device, dtype=x_BTD.dtype)
+            mask = additive.masked_fill_(~mask, -math.inf)
+        if cache is not None:  # once for each query head that shares a key (attend_cached)
+            shared = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = mask.repeat(1, 1, shared, 1)
         for layer in self.model.layers:
             x_BTD = layer(x_BTD, cos, sin, mask, cache)
         return self.model.norm(x_BTD)
 
     def rotary(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, T, 1, K) of the rotary angles, computed in float32 from positions: no buffer to lose on meta."""
+        """cos and sin (B, T, 1, K) of the rotary angles, from positions in float32.
+
+        They are computed anew, so that there is no buffer to lose on the meta device.
+        """
         width = self.config.head_dim
-        frequency_K = self.config.rope_theta ** -(torch.arange(0, width, 2, device=position_BT.device).float() / width)
-        if scaling := self.config.rope_scaling:  # long waves are stretched, short ones are not (LLaMA 3.1)
-            turns_K = scaling["original_max_position_embeddings"] * frequency_K / (2 * math.pi)
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        exponent_K = torch.arange(0, width, 2, device=position_BT.device).float() / width
+        frequency_K = self.config.rope_theta**-exponent_K
+        scaling = self.config.rope_scaling
+        if scaling:  # long waves are stretched, short ones are not (LLaMA 3.1)
+            length = scaling["original_max_position_embeddings"]
+            turns_K = length * frequency_K / (2 * math.pi)
+            low = scaling["low_freq_factor"]
+            high = scaling["high_freq_factor"]
             kept_K = ((turns_K - low) / (high - low)).clamp(0, 1)
             frequency_K = kept_K * frequency_K + (1 - kept_K) * frequency_K / scaling["factor"]
         angle_BT1K = (position_BT[..., None].float() * frequency_K).repeat(1, 1, 2).unsqueeze(2)
@@ -190,30 +273,46 @@ class Llama(nn.Module):
 
     def output_weight(self) -> Tensor:
         """The language-model head's weight (V, D)."""
-        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""
         return F.linear(hidden, self.output_weight())
 
     def value(self, hidden: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """V in (-1, 1), float32, of the prefix that ends at each hidden state (..., D), which `dropout` is multiplied with."""
-        hidden = hidden if dropout is None else hidden * dropout.to(hidden.dtype)
-        return torch.tanh(self.value_head(hidden).squeeze(-1).float())
+        """V (...) of hidden states (..., D), which are multiplied with `dropout` first."""
+        if dropout is not None:
+            hidden = hidden * dropout.to(hidden.dtype)
+        return self.value_head(hidden)
 
-    def forward(self, token_BT: Tensor, position_BT: Tensor | None = None, mask: Tensor | None = None,
-                read=None) -> tuple[Tensor, Tensor]:
-        """(logits_BTV, value_BT). Without position and mask it is plain causal. `mask` (B, 1, T, S) is True where a query may
-        look, or a BlockMask. `read(hidden_BTD)` takes the heads' place where it is given; called here, because FSDP holds the
-        weights together only within `forward`."""
+    def forward(
+        self,
+        token_BT: Tensor,
+        position_BT: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
+        read: Callable[[Tensor], object] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits_BTV, value_BT). Without position and mask it is plain causal.
+
+        `mask` (B, 1, T, T) is True where a query may look. `read(hidden_BTD)`, if given, takes the
+        place of the heads; it is called here because FSDP holds the weights together only within
+        `forward`.
+        """
         hidden_BTD = self.hidden(token_BT, position_BT, mask)
-        return read(hidden_BTD) if read else (self.logits(hidden_BTD), self.value(hidden_BTD))
+        if read:
+            return read(hidden_BTD)
+        return self.logits(hidden_BTD), self.value(hidden_BTD)
+
+
+# ---------------------------------------------------------------------- masks and log-probabilities
 
 
 def tree_mask(subtree_end_BT: Tensor) -> Tensor:
-    """Boolean mask (B, 1, T, T) of a depth-first packed forest: token q sees token k iff k <= q < subtree_end[k].
+    """The mask (B, 1, T, T) of forests that are packed depth-first.
 
-    That is causality, ancestry, separation of siblings and isolation of packed documents in one line.
+    Token q sees token k exactly when k <= q < subtree_end[k]. That is causality, ancestry,
+    separation of siblings and isolation of packed documents in one line.
     """
     index_T = torch.arange(subtree_end_BT.shape[1], device=subtree_end_BT.device)
     query, key = index_T[:, None], index_T[None, :]
@@ -221,105 +320,122 @@ def tree_mask(subtree_end_BT: Tensor) -> Tensor:
 
 
 def block_mask(subtree_end_BT: Tensor) -> BlockMask:
-    """The same as a block mask of flex_attention, whose kernel skips the blocks that nobody sees."""
+    """The same as a block mask of flex_attention, whose kernel skips the blocks nobody sees."""
     rows, length = subtree_end_BT.shape
-    return create_block_mask(lambda row, head, query, key: (key <= query) & (query < subtree_end_BT[row, key]),
-                             rows, None, length, length, device=subtree_end_BT.device)
+
+    def sees(row, head, query, key):
+        return (key <= query) & (query < subtree_end_BT[row, key])
+
+    return create_block_mask(sees, rows, None, length, length, device=subtree_end_BT.device)
 
 
-class TreeCache:
-    """Keys and values of many partial solutions: one row a question, one slot a token, in any order of growth.
+def token_logp(hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor) -> Tensor:
+    """log pi (M,) of each token, float32, from the final hidden state that predicts it.
 
-    A forward pass feeds one flat line of X tokens without padding; `at` says beforehand which row, lane (query of the
-    row) and slot each belongs to, and how many slots are read. The mask says which slots a lane sees. Complete steps are
-    copied to `store`, a second memory of one place a token, and those of a path that is extended again come back from
-    there: so a pass reads the slots of the paths being extended, not those of the whole tree.
+    The logits exist for a chunk of tokens at a time, also in the backward pass, which computes them
+    again. No (M, V) matrix is kept.
     """
-    def __init__(self, config: LlamaConfig, rows: int, slots: int, places: int = 0, device="cpu", dtype=torch.float32):
-        def memory(length):
-            return torch.zeros(config.num_hidden_layers, 2, rows, length, config.num_key_value_heads, config.head_dim,
-                               device=device, dtype=dtype)
-        self.slots_L2BSGK, self.store_L2BPGK = memory(slots), memory(places)
 
-    def at(self, row_X: Tensor, lane_X: Tensor, slot_X: Tensor, lanes: int, length: int, rows_R: Tensor | None = None):
-        """Describe the next pass; `row_X` counts among `rows_R` where that is given, among all rows otherwise."""
-        self.row_X, self.lane_X, self.slot_X, self.rows_R = row_X, lane_X, slot_X, rows_R
-        self.lanes, self.length = lanes, length
-        return self
+    def chunk_logp(hidden_MD, token_M):
+        logits_MV = F.linear(hidden_MD, weight_VD).float()
+        return -F.cross_entropy(logits_MV, token_M, reduction="none")
 
-    def unroll(self, layer: int, q_1XHK: Tensor, k_1XGK: Tensor, v_1XGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write keys and values; return queries by row and lane, keys and values by row and slot."""
-        memory_2BSGK = self.slots_L2BSGK[layer]
-        cache_row_X = self.row_X if self.rows_R is None else self.rows_R[self.row_X]
-        memory_2BSGK[0, cache_row_X, self.slot_X] = k_1XGK[0]
-        memory_2BSGK[1, cache_row_X, self.slot_X] = v_1XGK[0]
-        read_2RSGK = memory_2BSGK[:, :, :self.length] if self.rows_R is None else memory_2BSGK[:, self.rows_R, :self.length]
-        q_RNHK = q_1XHK.new_zeros(read_2RSGK.shape[1], self.lanes, *q_1XHK.shape[2:])
-        q_RNHK[self.row_X, self.lane_X] = q_1XHK[0]
-        return q_RNHK, read_2RSGK[0], read_2RSGK[1]
-
-    def roll_up(self, out_RNHK: Tensor) -> Tensor:
-        """The flat line again (1, X, H, K)."""
-        return out_RNHK[self.row_X, self.lane_X].unsqueeze(0)
-
-    def put_away(self, row: int, slot_X: Tensor, place: int):
-        """Copy tokens of a row from their slots to the store, from `place` on."""
-        self.store_L2BPGK[:, :, row, place:place + len(slot_X)] = self.slots_L2BSGK[:, :, row, slot_X]
-
-    def fetch(self, row: int, place_X: Tensor, slot: int):
-        """Copy tokens of a row from the store to its slots, from `slot` on."""
-        self.slots_L2BSGK[:, :, row, slot:slot + len(place_X)] = self.store_L2BPGK[:, :, row, place_X]
+    size = max(1, LOGITS // len(weight_VD))
+    if len(token_M) <= size:
+        return chunk_logp(hidden_MD, token_M)
+    chunks = zip(hidden_MD.split(size), token_M.split(size))
+    return torch.cat([checkpoint(chunk_logp, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# ------------------------------------------------------------------------------------------------ loading and saving
+# ------------------------------------------------------------------------------- loading and saving
+
 
 def read_config(folder: Path) -> LlamaConfig:
-    """config.json; every field that would change the computation and is not implemented is refused by name."""
+    """config.json of a folder; InputError for a field that we do not compute."""
     return parse_config(folder / "config.json", LlamaConfig)
 
 
-def load_model(name: str | Path, device="cpu", dtype=torch.float32, seed: int = 0) -> Llama:
+def count_parameters(config: LlamaConfig) -> tuple[int, int]:
+    """The number of parameters of a whole model, and of one block."""
+    with torch.device("meta"):
+        model = Llama(config)
+    block = model.model.layers[0]
+    whole, one = (sum(p.numel() for p in part.parameters()) for part in (model, block))
+    return whole, one
+
+
+def fresh_value_head(model: Llama, seed: int) -> dict[str, Tensor]:
+    """Weights for a model that comes without a value head.
+
+    normal(0, initializer_range / sqrt(hidden_size)) with bias 0, so that V is about 0. AlphaMath
+    does not divide: with real hidden states V is then anywhere in (-1, 1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std = model.config.initializer_range / math.sqrt(model.config.hidden_size)
+    tensors = {}
+    for name, parameter in model.value_head.named_parameters(prefix="value_head"):
+        tensor = torch.zeros(parameter.shape, device="cpu")
+        if tensor.dim() > 1:
+            nn.init.normal_(tensor, 0.0, std, generator=generator)
+        tensors[name] = tensor
+    return tensors
+
+
+def load_model(
+    name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Llama:
     """Load a model from a Hugging Face folder, preset or repository id, in evaluation mode.
 
-    The network is built on the meta device and filled strictly: a missing, left-over or misshapen tensor raises
-    InputError. Only the value head may be missing; it then starts at normal(0, initializer_range / sqrt(hidden_size))
-    with bias 0, so that V is about 0 (AlphaMath does not divide: with real hidden states V is then anywhere in (-1, 1)).
+    The network is built on the meta device and filled strictly: InputError for a tensor that is
+    missing, left over or misshapen. Only the value head may be missing; a fresh one is drawn with
+    `seed`.
     """
     folder = find_folder(name)
     config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config)
-    tensors = {key: tensor for key, tensor in read_tensors(folder).items() if not key.endswith("rotary_emb.inv_freq")}
+    found = read_tensors(folder)
+    tensors = {key: found[key] for key in found if not key.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
-            raise InputError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from them")
-    if "value_head.weight" not in tensors:
-        weight = torch.empty(1, config.hidden_size)
-        std = config.initializer_range / math.sqrt(config.hidden_size)
-        nn.init.normal_(weight, 0.0, std, generator=torch.Generator().manual_seed(seed))
-        tensors |= {"value_head.weight": weight, "value_head.bias": torch.zeros(1)}
+            raise InputError(
+                f"{folder}: config.json ties the embeddings, but lm_head.weight differs from them"
+            )
+    if not any(key.startswith("value_head.") for key in tensors):
+        tensors |= fresh_value_head(model, seed)
     check_tensors(folder, tensors, model)
     # copied, because the file's own memory is not aligned, and results would differ in the last bit
-    state = {key: tensor.to(device=device, dtype=dtype, copy=True) for key, tensor in tensors.items()}
+    state = {key: tensors[key].to(device=device, dtype=dtype, copy=True) for key in tensors}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
 
 def save_model(model: Llama, folder: str | Path, state: dict[str, Tensor] | None = None):
-    """Write config.json, model.safetensors and value_head.safetensors; the folder opens in transformers and vLLM. `state`
-    replaces the model's own tensors where those are shards.
+    """Write config.json, model.safetensors and value_head.safetensors.
 
-    Each file appears whole or not at all, config.json last: a folder that holds config.json is complete.
+    The folder opens in transformers. `state` replaces the model's own tensors where those are
+    shards. Each file appears whole or not at all, config.json last: a folder that holds config.json
+    is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.detach().contiguous().cpu() for key, tensor in (state or model.state_dict()).items()}
+    state = state or model.state_dict()
+    state = {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
     head = {key: state.pop(key) for key in list(state) if key.startswith("value_head.")}
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    fixed = {key: value for key, value in REQUIRED.items() if key in ("hidden_act", "attention_bias", "mlp_bias")}
-    config = {"architectures": [FAMILIES[model.config.model_type]], "torch_dtype": dtype, "sliding_window": None, **fixed,
-              **asdict(model.config)}
-    for name, part in (("value_head.safetensors", head), ("model.safetensors", state)):
-        publish(folder / name, lambda aside: save_file(part, aside, {"format": "pt"}))
+    save_tensors(folder / "value_head.safetensors", head)
+    save_tensors(folder / "model.safetensors", state)
+    dtype = next(iter(state.values())).dtype
+    config = {
+        "architectures": [FAMILIES[model.config.model_type]],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "sliding_window": None,
+        **{key: REQUIRED[key] for key in ("hidden_act", "attention_bias", "mlp_bias")},
+        **asdict(model.config),
+    }
     write_json(folder / "config.json", config)
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]):
+    """Write a safetensors file that appears whole or not at all."""
+    publish(file, lambda partial: save_file(tensors, partial, {"format": "pt"}))

@@ -1,76 +1,69 @@
-"""Step-level Value Preference Optimization: the tree as the datum, the step pairs read off it, and the losses.
+"""Step-level Value Preference Optimization: from trees to a gradient.
 
-A `Tree` holds all solutions tried for one question; a worked solution is a tree with one branch. `pack` (support/packing.py)
-lays a forest out depth-first, each unique token once, so that one forward pass under `model.tree_mask` serves every loss;
-each loss is then a function of a few vectors over the nodes (steps) and of index pairs of siblings. Pure functions.
-Authorities: SVPO summary = said by summaries of arXiv 2406.10858, whose equations and constants could not be read.
+What an objective learns is read off a searched tree as a `Lesson`: pairs of siblings, the
+likelihood of steps, and targets of V. `pack` lays the trees of some lessons out depth-first, each
+unique token once, so that one forward pass under `model.tree_mask` serves every loss (`score`).
+Each loss is then a function of a few vectors over the nodes and of index pairs (`loss_sums`).
 
-Dimension key: B rows, T tokens, M sampled tokens, E nodes of the forest (a step and the prefix that it completes),
-P pairs of siblings, V vocabulary.
+Authorities: SVPO summary = said by summaries of arXiv 2406.10858, whose equations and constants
+could not be read; AlphaMath = arXiv 2405.03553; our choice = everything else.
+
+Dimension key: B rows of a pack, T tokens of a row, X tokens of one flat line (all of a pack, B * T)
+or entries of one flat list, M sampled tokens, E nodes of a pack (a step and the prefix that it
+completes), P pairs, D width.
 """
+
 import dataclasses
+import hashlib
+import itertools
+import json
 import math
 import statistics
-from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from support.flags import InputError, flag  # noqa: F401  (passed on)
-from support.packing import pack
+from data import Tree, TreeNode
+from model import Llama, block_mask, token_logp, tree_mask
+from support.files import publish
+from support.flags import InputError, flag
+from support.ranks import gather, on_rank_0, rank_share
 
-LOGITS = 2**24  # logits computed at once: 64 MB in float32
-
-
-# --------------------------------------------------------------------------------------------- trees
-
-@dataclass
-class TreeNode:
-    """One step of a tree as it is stored; node 0 is the question's prompt."""
-    parent: int  # index into Tree.nodes, always smaller than the node's own; -1 for the root
-    tokens: list[int]
-    sampled: list[bool]  # which tokens the model wrote; the others are fed and carry no loss
-    logp: float = 0.0  # sum of the sampled tokens' untempered log-probabilities under the policy that grew the tree
-    prior: float = 1.0  # exp(mean token log-probability)
-    visit_count: int = 0
-    q_value: float = 0.0
-    value: float = 0.0  # the value head's V when the tree was grown
-    reward: float | None = None  # +1 or -1 at terminal nodes
-    ending: str | None = None  # terminal nodes: "answer", "eos", "cut" (too long) or "deep"
-
-
-@dataclass
-class Tree:
-    id: str
-    question: str
-    answer: str
-    nodes: list[TreeNode]
-    simulations: int = 0  # effective number
-    stopped: str = "simulations"  # or "exhausted", or "slots" when the cache row was full
-    version: int = 1
-
-
-# --------------------------------------------------------------------------------------------- objectives
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective. All weights and thresholds are our choice: the paper's constants are unknown."""
+    """The objective. All weights and thresholds are our choice: the paper's are unknown."""
+
     objective: str = flag("svpo", "svpo, step-dpo, dpo (whole solutions), rft, alphamath or grpo")
-    beta: float = flag(0.3, "strength of the reference in DPO (beta); arXiv 2409.08642: 0.3", least=0)
-    policy_weight: float = flag(0.5, "weight of the preference loss (a_policy)", built_in=0.05, least=0)
-    sft_weight: float = flag(0.5, "weight of the likelihood of good steps (a_sft)", built_in=1.0, least=0)
-    mse_weight: float = flag(1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0)
+    beta: float = flag(
+        0.3, "strength of the reference in DPO (beta); arXiv 2409.08642: 0.3", least=0
+    )
+    policy_weight: float = flag(0.5, "weight of the preference loss (a_policy)", least=0)
+    sft_weight: float = flag(0.5, "weight of the likelihood of good steps (a_sft)", least=0)
+    mse_weight: float = flag(
+        1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0
+    )
     margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)", least=0)
     margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for (m)", least=0)
-    pairs: str = flag("all", "all: every pair of siblings that qualifies; best: one pair a parent", choices=("all", "best"))
+    pairs: str = flag(
+        "all",
+        "all: every pair of siblings that qualifies; best: one pair a parent",
+        choices=("all", "best"),
+    )
     min_gap: float = flag(0.5, "least Q_win - Q_lose of a pair", least=0)
 
 
+# -------------------------------------------------------------------------- what is read off a tree
+
+
 def outcomes_below(tree: Tree) -> tuple[list[int], list[int]]:
-    """For each node: the number of correct terminals at or below it, and of wrong ones."""
+    """For each node, the number of correct terminals at or below it, and of wrong ones."""
     correct = [int(node.reward is not None and node.reward > 0) for node in tree.nodes]
     wrong = [int(node.reward is not None and node.reward < 0) for node in tree.nodes]
     for index in range(len(tree.nodes) - 1, 0, -1):
@@ -80,15 +73,19 @@ def outcomes_below(tree: Tree) -> tuple[list[int], list[int]]:
     return correct, wrong
 
 
-def sibling_pairs(tree: Tree, pairs: str = "all", min_gap: float = 0.0) -> list[tuple[int, int, float]]:
-    """(winner, loser, weight) node indices of the step preferences in a tree.
+def sibling_pairs(
+    tree: Tree, pairs: str = "all", min_gap: float = 0.0
+) -> list[tuple[int, int, float]]:
+    """The step preferences in a tree, as (winner, loser, weight) with indices of nodes.
 
-    SVPO summary: siblings under one prefix, ranked by Q, filtered by outcome. Our choice of filters: both visited,
-    Q_win > 0 with a correct terminal at or below it, Q_lose < 0 with a wrong one, gap at least `min_gap`. "best" keeps
-    the highest against the lowest Q of each parent with weight 1, "all" keeps every pair with weight 1 / pairs in the tree.
+    SVPO summary: siblings under one prefix, ranked by Q, filtered by outcome. Our choice of
+    filters: both visited; Q_win > 0 with a correct terminal at or below it; Q_lose < 0 with a wrong
+    one; a gap of at least `min_gap`. "best" keeps the highest against the lowest Q of each parent,
+    with weight 1. "all" keeps every pair, with weight 1 / pairs in the tree.
     """
     correct, wrong = outcomes_below(tree)
-    winners, losers = {}, {}
+    winners = {}
+    losers = {}
     for index, node in enumerate(tree.nodes[1:], 1):
         if node.visit_count and node.q_value > 0 and correct[index]:
             winners.setdefault(node.parent, []).append(index)
@@ -97,56 +94,73 @@ def sibling_pairs(tree: Tree, pairs: str = "all", min_gap: float = 0.0) -> list[
 
     def q(index):
         return tree.nodes[index].q_value
+
     found = []
     for parent in winners.keys() & losers.keys():
-        win, lose = winners[parent], losers[parent]
+        candidates = itertools.product(winners[parent], losers[parent])
         if pairs == "best":
-            win, lose = [max(win, key=q)], [min(lose, key=q)]
-        found += [(w, l) for w in win for l in lose if q(w) - q(l) >= min_gap]
+            candidates = [(max(winners[parent], key=q), min(losers[parent], key=q))]
+        found += [(win, lose) for win, lose in candidates if q(win) - q(lose) >= min_gap]
     weight = 1.0 if pairs == "best" else 1.0 / max(1, len(found))
-    return [(w, l, weight) for w, l in sorted(found)]
-
-
-def path(tree: Tree, index: int) -> list[int]:
-    """The nodes of a partial solution, from below the root to `index`."""
-    nodes = []
-    while index > 0:
-        nodes.append(index)
-        index = tree.nodes[index].parent
-    return nodes[::-1]
+    return [(win, lose, weight) for win, lose in sorted(found)]
 
 
 def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
-    """The last steps of the best whole solution and the worst, weight 1: a correct one of highest mean Q along its path and
-    a wrong one of lowest (our choice)."""
-    def q(index):
-        return statistics.fmean(tree.nodes[step].q_value for step in path(tree, index))
-    correct, wrong = ([index for index, node in enumerate(tree.nodes) if index and node.reward == reward]
-                      for reward in (1.0, -1.0))
-    return [(max(correct, key=q), min(wrong, key=q), 1.0)] if correct and wrong else []
+    """The last steps of the best whole solution and of the worst, with weight 1.
+
+    Our choice: the correct one of highest mean Q along its path, and the wrong one of lowest.
+    """
+
+    def mean_q(index):
+        return statistics.fmean(tree.nodes[step].q_value for step in tree.path(index))
+
+    rewards = [node.reward for node in tree.nodes]
+    correct = [index for index, reward in enumerate(rewards) if index and reward == 1.0]
+    wrong = [index for index, reward in enumerate(rewards) if index and reward == -1.0]
+    if not correct or not wrong:
+        return []
+    return [(max(correct, key=mean_q), min(wrong, key=mean_q), 1.0)]
+
+
+# The next four return (weight, count) of each node: the log-probabilities of its tokens enter the
+# sum `weight` times, and their number enters the divisor `count` times.
 
 
 def good_steps(tree: Tree) -> list[tuple[float, float]]:
-    """Of each node (weight, count), as in the next three functions: its tokens' log pi enter the sum `weight` times, and the divisor
-    `count` times. SVPO's extra SFT term, our choice: steps with a correct terminal at or below and Q > 0, also of every ancestor."""
+    """SVPO's extra SFT term (SVPO summary: over correct solutions).
+
+    Our choice: steps with Q > 0 and a correct terminal at or below them, as all their ancestors.
+    """
     correct, _ = outcomes_below(tree)
-    kept = [True] + [False] * (len(tree.nodes) - 1)
+    good = [True] + [False] * (len(tree.nodes) - 1)
     for index, node in enumerate(tree.nodes[1:], 1):
-        kept[index] = kept[node.parent] and correct[index] > 0 and node.visit_count > 0 and node.q_value > 0
-    return [(float(good), float(good)) for good in [False, *kept[1:]]]
+        reached = correct[index] > 0 and node.visit_count > 0
+        good[index] = good[node.parent] and reached and node.q_value > 0
+    return [(float(step), float(step)) for step in [False, *good[1:]]]
 
 
 def correct_solutions(tree: Tree) -> list[tuple[float, float]]:
-    """Every correct solution once: a step counts as often as it is part of one (RFT, arXiv 2308.01825; AlphaMath eq. 7)."""
-    return [(float(count), float(count)) for count in outcomes_below(tree)[0]]
+    """Every correct solution once (RFT, arXiv 2308.01825; AlphaMath eq. 7).
+
+    A step counts as often as it is part of one.
+    """
+    correct, _ = outcomes_below(tree)
+    return [(float(count), float(count)) for count in correct]
 
 
 def group_advantages(tree: Tree) -> list[tuple[float, float]]:
-    """GRPO (arXiv 2402.03300 eq. 3, one step on fresh samples, no KL term): each sample's advantage (r - mean r) / std r
-    on all its tokens. Where N samples of mean reward Q share a step, that sums to N (Q - Q_root) / std r."""
+    """GRPO (arXiv 2402.03300 eq. 3): each sample's advantage (r - mean r) / std r on its tokens.
+
+    One step on fresh samples, no KL term. Where N samples of mean reward Q share a step, their
+    advantages sum to N (Q - Q_root) / std r. Rewards are +1 or -1.
+    """
     mean = tree.nodes[0].q_value
-    spread = math.sqrt(max(0.0, 1 - mean * mean))  # of rewards that are +1 or -1
-    return [((node.visit_count * (node.q_value - mean) / spread if spread else 0.0), float(node.visit_count)) for node in tree.nodes]
+    spread = math.sqrt(max(0.0, 1 - mean * mean))
+    found = []
+    for node in tree.nodes:
+        advantage = node.visit_count * (node.q_value - mean) / spread if spread else 0.0
+        found.append((advantage, float(node.visit_count)))
+    return found
 
 
 def all_steps(tree: Tree) -> list[tuple[float, float]]:
@@ -154,37 +168,34 @@ def all_steps(tree: Tree) -> list[tuple[float, float]]:
     return [(1.0, 1.0)] * len(tree.nodes)
 
 
-def token_logp(hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor) -> Tensor:
-    """log pi of each token, float32, from the final hidden state that predicts it. The logits exist for a chunk of tokens
-    at a time, also in the backward pass, which computes them again: no (M, V) matrix is kept."""
-    def chunk_logp(hidden_CD, token_C):
-        return -F.cross_entropy(F.linear(hidden_CD, weight_VD).float(), token_C, reduction="none")
-    size = max(1, LOGITS // len(weight_VD))
-    if len(token_M) <= size:
-        return chunk_logp(hidden_MD, token_M)
-    return torch.cat([checkpoint(chunk_logp, hidden_CD, token_C, use_reentrant=False)
-                      for hidden_CD, token_C in zip(hidden_MD.split(size), token_M.split(size))])
+# ----------------------------------------------------------------------------------------- losses
 
 
 def step_logp(logp_M: Tensor, node_M: Tensor, nodes: int) -> Tensor:
     """log pi(step | prefix) of each node (E,): the SUM over the step's sampled tokens.
 
-    A sum because the probability of a step is the product of its tokens'; a mean would be the log-probability of no
-    event, and DPO's implicit reward beta * (log pi - log ref) would change with the length of a step.
+    A sum, because the probability of a step is the product of its tokens'. A mean would be the
+    log-probability of no event, and DPO's implicit reward beta * (log pi - log ref) would change
+    with the length of a step.
     """
-    return torch.zeros(nodes, dtype=logp_M.dtype, device=logp_M.device).index_add(0, node_M, logp_M)
+    zero_E = torch.zeros(nodes, dtype=logp_M.dtype, device=logp_M.device)
+    return zero_E.index_add(0, node_M, logp_M)
 
 
-def step_dpo(policy_win_P: Tensor, policy_lose_P: Tensor, ref_win_P: Tensor, ref_lose_P: Tensor, beta: float) -> Tensor:
-    """Preference loss of each pair (P,): -log sigmoid(beta * [(log pi_w - log ref_w) - (log pi_l - log ref_l)]).
+def step_dpo(
+    policy_win_P: Tensor, policy_lose_P: Tensor, ref_win_P: Tensor, ref_lose_P: Tensor, beta: float
+) -> Tensor:
+    """Preference loss of each pair (P,):
+    -log sigmoid(beta * [(log pi_w - log ref_w) - (log pi_l - log ref_l)]).
 
-    DPO's sigmoid loss (arXiv 2305.18290 eq. 7) on one step after a shared prefix; the prefix carries no loss.
+    DPO's sigmoid loss (arXiv 2305.18290 eq. 7) on one step after a shared prefix; the prefix
+    carries no loss.
     """
     return -F.logsigmoid(beta * ((policy_win_P - ref_win_P) - (policy_lose_P - ref_lose_P)))
 
 
 def value_mse(value_E: Tensor, q_E: Tensor) -> Tensor:
-    """Squared error of V against the search's Q, for each node (E,) (SVPO summary; AlphaMath's value loss)."""
+    """Squared error of V against the search's Q, of each node (E,) (SVPO summary; AlphaMath)."""
     return (value_E - q_E).square()
 
 
@@ -193,107 +204,486 @@ def value_margin(value_win_P: Tensor, value_lose_P: Tensor, margin: float) -> Te
     return F.relu(margin - (value_win_P - value_lose_P))
 
 
+# ------------------------------------------------------------------------- objectives and lessons
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is learned from a tree; a new one is an entry of OBJECTIVES."""
-    pairs: Callable | None = None  # (tree, config.pairs, config.min_gap) -> [(winner, loser, weight)]
-    likelihood: Callable | None = None  # tree -> [(weight, count)], one for each node
+
+    # (tree, config.pairs, config.min_gap) -> [(winner, loser, weight)]
+    pairs: Callable | None = None
+    # tree -> [(weight, count)], one for each node
+    likelihood: Callable | None = None
     value: bool = False  # V learns: squared error against Q, and the margin of pairs
-    whole: bool = False  # a pair compares whole solutions, not two steps after the same prefix
+    # a pair compares the log-probabilities of whole solutions, not of one step after a prefix
+    whole_solutions: bool = False
     preference: Callable = step_dpo
 
 
 OBJECTIVES = {
     "svpo": Objective(sibling_pairs, good_steps, value=True),
     "step-dpo": Objective(sibling_pairs),
-    "dpo": Objective(solution_pair, whole=True),
+    "dpo": Objective(solution_pair, whole_solutions=True),
     "rft": Objective(likelihood=correct_solutions),
     "alphamath": Objective(likelihood=correct_solutions, value=True),
-    "grpo": Objective(likelihood=group_advantages),  # its trees are groups of samples of the policy as it is
-    "sft": Objective(likelihood=all_steps),  # its trees are worked solutions
+    "grpo": Objective(likelihood=group_advantages),  # on groups of samples, without a search
+    "sft": Objective(likelihood=all_steps),  # on worked solutions
 }
+
+
+def pairs_of(tree: Tree, config: LossConfig) -> list[tuple[int, int, float]]:
+    """The pairs of a tree under `config.objective`, as (winner, loser, weight)."""
+    pairs = OBJECTIVES[config.objective].pairs
+    return pairs(tree, config.pairs, config.min_gap) if pairs else []
 
 
 @dataclass
 class Lesson:
     """What an objective reads off one tree."""
+
     tree: Tree  # without the steps that no loss reads
-    pairs: list[tuple[list[int], list[int], float]]  # nodes whose log pi add up on the winner's side, on the loser's; weight
+    pairs: list[tuple[int, int, float]]  # winner, loser, weight
     likelihood: list[tuple[float, float]]  # of each node: weight and count of its tokens' log pi
     value: list[bool]  # of each node: whether V learns its Q
-    pairwise_tokens: int = 0  # what training pair by pair would feed: prefix and step, for both sides
+    pairwise_tokens: int = 0  # what training pair by pair would feed: prefix and step, both sides
 
 
 def learn(tree: Tree, config: LossConfig) -> Lesson:
     """The lesson of a tree under `config.objective`."""
     objective = OBJECTIVES[config.objective]
-    pairs = [(*(path(tree, index) if objective.whole else [index] for index in pair[:2]), pair[2])
-             for pair in (objective.pairs(tree, config.pairs, config.min_gap) if objective.pairs else [])]
-    likelihood = objective.likelihood(tree) if objective.likelihood else [(0.0, 0.0)] * len(tree.nodes)
+    count = len(tree.nodes)
+    pairs = pairs_of(tree, config)
+    likelihood = objective.likelihood(tree) if objective.likelihood else [(0.0, 0.0)] * count
     value = [objective.value and node.visit_count > 0 for node in tree.nodes]
-    read = {index for win, lose, _ in pairs for index in win + lose}
-    read |= {index for index in range(len(tree.nodes)) if value[index] or likelihood[index][1] > 0}
-    kept = sorted({0} | {step for index in read for step in path(tree, index)})  # with all that stands above them
-    place = {-1: -1} | {index: new for new, index in enumerate(kept)}
-    nodes = [dataclasses.replace(tree.nodes[index], parent=place[tree.nodes[index].parent]) for index in kept]
-    pairwise = sum(len(tree.nodes[step].tokens) for pair in pairs for side in pair[:2] for step in [0, *path(tree, side[-1])])
-    return Lesson(dataclasses.replace(tree, nodes=nodes),
-                  [([place[index] for index in win], [place[index] for index in lose], weight)
-                   for win, lose, weight in pairs],
-                  [likelihood[index] for index in kept], [value[index] for index in kept], pairwise)
+    ends = [end for win, lose, _ in pairs for end in (win, lose)]
+    read = {index for index in range(count) if value[index] or likelihood[index][1] > 0}
+    kept = {0}
+    for index in read.union(ends):
+        kept.update(tree.path(index))
+    kept = sorted(kept)
+    place = {index: new for new, index in enumerate(kept)}
+    place[-1] = -1  # the parent of the root
+    nodes = []
+    for index in kept:
+        node = tree.nodes[index]
+        nodes.append(dataclasses.replace(node, parent=place[node.parent]))
+    prefixes = [[0, *tree.path(end)] for end in ends]
+    return Lesson(
+        dataclasses.replace(tree, nodes=nodes),
+        [(place[win], place[lose], weight) for win, lose, weight in pairs],
+        [likelihood[index] for index in kept],
+        [value[index] for index in kept],
+        sum(len(tree.nodes[step].tokens) for prefix in prefixes for step in prefix),
+    )
+
+
+# ---------------------------------------------------------------------------------------- packing
+
+
+@dataclass
+class Pack:
+    """A forest in depth-first order, each unique token once.
+
+    Flat indices count through (B, T) row by row.
+    """
+
+    token_BT: Tensor
+    position_BT: Tensor  # depth in tokens from the tree's own first token
+    subtree_end_BT: Tensor  # where in the row the subtree of the token's node ends
+    target_M: Tensor  # flat index of every sampled token
+    predictor_M: Tensor  # flat index of the token before it on its path, which predicts it
+    node_M: Tensor  # which of the E nodes it belongs to
+    last_E: Tensor  # flat index of each node's last token, where its value is read
+    node_E: list[TreeNode] = field(repr=False)  # the nodes, tree by tree in their stored order
+    first_node: list[int] = field(repr=False)  # index in node_E of each tree's root
+
+
+@dataclass
+class Piece:
+    """A tree, or a part of a tree that is cut between the root's children."""
+
+    tree: int  # which tree
+    order: list[tuple[int, int]]  # depth-first: (node, position of its first token)
+    subtree: list[int]  # of each node of the tree, the tokens of its subtree in this piece
+    size: int  # tokens
+
+
+def depth_first(tree: Tree) -> tuple[list[tuple[int, int]], list[int]]:
+    """(node, position of its first token) in depth-first order; tokens of each node's subtree."""
+    children = [[] for _ in tree.nodes]
+    subtree = [len(node.tokens) for node in tree.nodes]
+    for index in range(len(tree.nodes) - 1, 0, -1):
+        parent = tree.nodes[index].parent
+        subtree[parent] += subtree[index]
+        children[parent].insert(0, index)
+    order = []
+    stack = [(0, 0)]
+    while stack:
+        index, position = stack.pop()
+        order.append((index, position))
+        after = position + len(tree.nodes[index].tokens)
+        stack += [(child, after) for child in reversed(children[index])]
+    return order, subtree
+
+
+def cut(tree: Tree, number: int, row_tokens: int) -> list[Piece]:
+    """The pieces of tree `number`: one, unless it is longer than a row.
+
+    It is then cut between the root's children, and each piece begins with the root's tokens. A
+    piece that is still longer lengthens the rows.
+    """
+    order, subtree = depth_first(tree)
+    root = order[0]
+    prompt = len(tree.nodes[0].tokens)
+    long = 0 < row_tokens < subtree[0]
+    parts = [[root]]
+    used = prompt
+    for index, position in order[1:]:
+        full = used > prompt and used + subtree[index] > row_tokens
+        if long and tree.nodes[index].parent == 0 and full:
+            parts.append([root])
+            used = prompt
+        parts[-1].append((index, position))
+        used += len(tree.nodes[index].tokens)
+    pieces = []
+    for part in parts:
+        size = sum(len(tree.nodes[index].tokens) for index, _ in part)
+        pieces.append(Piece(number, part, [size, *subtree[1:]], size))
+    return pieces
+
+
+def first_fit(sizes: list[int], width: int) -> list[tuple[int, int]]:
+    """(row, column) of each piece in rows of `width` tokens.
+
+    The largest piece comes first; each goes into the first row that has room.
+    """
+    free = []  # tokens left in each row
+    places = [None] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        row = next((row for row, left in enumerate(free) if left >= sizes[index]), len(free))
+        if row == len(free):
+            free.append(width)
+        places[index] = (row, width - free[row])
+        free[row] -= sizes[index]
+    return places
+
+
+class Layout:
+    """The lists that a pack is made of, filled piece by piece. Padding sees only itself."""
+
+    def __init__(self, rows: int, width: int, nodes: int):
+        self.width = width
+        self.token = [[0] * width for _ in range(rows)]
+        self.position = [[0] * width for _ in range(rows)]
+        self.subtree_end = [list(range(1, width + 1)) for _ in range(rows)]
+        self.target = []
+        self.predictor = []
+        self.node = []
+        self.last = [0] * nodes
+
+    def add(self, piece: Piece, tree: Tree, first_node: int, row: int, column: int):
+        """Write a piece into a row, from `column` on; `first_node` is the pack's number of its
+        root."""
+        tails = {-1: None}  # node -> flat index of its last token
+        for index, position in piece.order:
+            node = tree.nodes[index]
+            count = len(node.tokens)
+            step = slice(column, column + count)
+            self.token[row][step] = node.tokens
+            self.position[row][step] = range(position, position + count)
+            self.subtree_end[row][step] = [column + piece.subtree[index]] * count
+            before = tails[node.parent]
+            for offset, sampled in enumerate(node.sampled):
+                here = row * self.width + column + offset
+                if sampled and before is not None:
+                    self.target.append(here)
+                    self.predictor.append(before)
+                    self.node.append(first_node + index)
+                before = here
+            tails[index] = before
+            self.last[first_node + index] = before
+            column += count
+
+
+def pack(trees: list[Tree], row_tokens: int = 0, device="cpu") -> Pack:
+    """Pack trees into rows of at most `row_tokens` tokens; 0: of the largest tree's size.
+
+    On CUDA, rows are whole blocks of flex_attention. Every node keeps its place in `node_E`, so
+    losses do not depend on the packing. The tensors are on the CPU.
+    """
+    pieces = []
+    for number, tree in enumerate(trees):
+        pieces += cut(tree, number, row_tokens)
+    sizes = [piece.size for piece in pieces]
+    places = first_fit(sizes, max([row_tokens, *sizes]))
+    rows = 1 + max(row for row, _ in places)
+    longest = max(column + size for (_, column), size in zip(places, sizes))
+    block = 128 if "cuda" in str(device) else 1
+    *first_node, count = [0, *itertools.accumulate(len(tree.nodes) for tree in trees)]
+    layout = Layout(rows, math.ceil(longest / block) * block, count)
+    for piece, (row, column) in zip(pieces, places):
+        layout.add(piece, trees[piece.tree], first_node[piece.tree], row, column)
+
+    def tensor(numbers):
+        return torch.tensor(numbers, dtype=torch.long)
+
+    return Pack(
+        tensor(layout.token),
+        tensor(layout.position),
+        tensor(layout.subtree_end),
+        tensor(layout.target),
+        tensor(layout.predictor),
+        tensor(layout.node),
+        tensor(layout.last),
+        [node for tree in trees for node in tree.nodes],
+        first_node,
+    )
+
+
+def group_by_tokens(trees: list[Tree], tokens: int) -> list[list[int]]:
+    """Indices of whole trees in turn, in groups of at most `tokens` tokens; 0: one group."""
+    groups = []
+    left = 0
+    for index, tree in enumerate(trees):
+        size = tree.tokens()
+        if not groups or left < size and tokens:
+            groups.append([])
+            left = tokens
+        groups[-1].append(index)
+        left -= size
+    return groups
+
+
+# ------------------------------------------------------------------------------- the forward pass
+
+
+def score(
+    model: Llama,
+    packed: Pack,
+    needed_E: Tensor | None = None,
+    dropout_ED: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi of each sampled token (M,), V of each node (E,), and the node of each token (M,).
+
+    One forward pass over a pack. The tokens are those of the `needed_E` nodes if these are given.
+    `dropout_ED` is multiplied with the hidden states that values are read from.
+    """
+    device = next(model.parameters()).device
+    chosen = slice(None) if needed_E is None else needed_E[packed.node_M]
+    token_M = packed.token_BT.flatten()[packed.target_M][chosen].to(device)
+    predictor_M = packed.predictor_M[chosen].to(device)
+    node_M = packed.node_M[chosen].to(device)
+    last_E = packed.last_E.to(device)
+    subtree_end_BT = packed.subtree_end_BT.to(device)
+
+    def read(hidden_BTD):
+        hidden_XD = hidden_BTD.flatten(0, 1)
+        logp_M = token_logp(hidden_XD[predictor_M], model.output_weight(), token_M)
+        return logp_M, model.value(hidden_XD[last_E], dropout_ED)
+
+    mask = block_mask(subtree_end_BT) if device.type == "cuda" else tree_mask(subtree_end_BT)
+    token_BT = packed.token_BT.to(device)
+    logp_M, value_E = model(token_BT, packed.position_BT.to(device), mask, read=read)
+    return logp_M, value_E, node_M
+
+
+@torch.inference_mode()
+def rescore(
+    model: Llama, trees: list[Tree], row_tokens: int = 0, pack_tokens: int = 0
+) -> list[Tree]:
+    """The same trees with the values and log-probabilities of this model."""
+    device = next(model.parameters()).device
+    rescored = []
+    for group in group_by_tokens(trees, pack_tokens or 8192):
+        chunk = [trees[index] for index in group]
+        logp_M, value_E, node_M = score(model, pack(chunk, row_tokens, device))
+        logp_E = step_logp(logp_M, node_M, len(value_E))
+        scores = zip(logp_E.tolist(), value_E.tolist())
+        for tree in chunk:
+            nodes = []
+            for node in tree.nodes:
+                logp, value = next(scores)
+                nodes.append(dataclasses.replace(node, logp=logp, value=value))
+            rescored.append(dataclasses.replace(tree, nodes=nodes))
+    return rescored
+
+
+# ------------------------------------------------------------------------------- from pack to loss
+
+COUNTS = (  # what a batch counts
+    "pair_weight",
+    "likelihood_tokens",
+    "value_nodes",
+    "pairs",
+    "unique_tokens",
+    "pairwise_tokens",
+)
+DIVISORS = {  # the count of the whole optimizer step that divides each sum of `loss_sums`
+    "policy": "pair_weight",
+    "sft": "likelihood_tokens",
+    "mse": "value_nodes",
+    "margin": "pair_weight",
+    "win_reward": "pair_weight",
+    "lose_reward": "pair_weight",
+    "reward_accuracy": "pair_weight",
+    "value_accuracy": "pair_weight",
+    "value_error": "value_nodes",
+}
 
 
 class Batch:
-    """Lessons in one pack, as tensors on `device`: pairs P, and vectors over the nodes E of the pack."""
-    def __init__(self, lessons: list[Lesson], row_tokens: int = 0, device="cpu"):
+    """Lessons in one pack, as tensors on `device`: pairs P, and vectors over the nodes E."""
+
+    def __init__(
+        self, lessons: list[Lesson], config: LossConfig, row_tokens: int = 0, device="cpu"
+    ):
         self.packed = packed = pack([lesson.tree for lesson in lessons], row_tokens, device)
-        pairs = [([first + index for index in win], [first + index for index in lose], weight)
-                 for lesson, first in zip(lessons, packed.first_node) for win, lose, weight in lesson.pairs]
-        likelihood = torch.tensor([pair for lesson in lessons for pair in lesson.likelihood]).T
-        self.needed_E = likelihood[1] > 0  # whose log pi a loss reads
-        self.needed_E[[index for win, lose, _ in pairs for index in win + lose]] = True
 
         def tensor(values, dtype=torch.float32):
             return torch.tensor(values, dtype=dtype, device=device)
-        self.win_P, self.lose_P = (tensor([pair[side][-1] for pair in pairs], torch.long) for side in (0, 1))
-        self.sides = [tensor([[index for pair in pairs for index in pair[side]],  # nodes, and the pair each counts for
-                              [number for number, pair in enumerate(pairs) for _ in pair[side]]], torch.long) for side in (0, 1)]
-        self.weight_P, self.weight_E = tensor([pair[2] for pair in pairs]), likelihood[0].to(device)
-        self.value_mask_E = tensor([float(value) for lesson in lessons for value in lesson.value])  # 1 where V learns its Q
-        self.ref_E, self.q_E = (tensor([getattr(node, name) for node in packed.node_E]) for name in ("logp", "q_value"))
-        self.counts = torch.tensor([
-            sum(pair[2] for pair in pairs), likelihood[1][packed.node_M].sum(), self.value_mask_E.sum(), len(pairs),
-            sum(len(node.tokens) for node in packed.node_E), sum(lesson.pairwise_tokens for lesson in lessons)], dtype=torch.float64)
+
+        pairs = []
+        paths = []  # (step, end) of every step on the path to an end, if these are compared whole
+        for lesson, first in zip(lessons, packed.first_node):
+            for win, lose, weight in lesson.pairs:
+                pairs.append((first + win, first + lose, weight))
+                for end in (win, lose) if OBJECTIVES[config.objective].whole_solutions else ():
+                    paths += [(first + step, first + end) for step in lesson.tree.path(end)]
+        self.win_P = tensor([win for win, _, _ in pairs], torch.long)
+        self.lose_P = tensor([lose for _, lose, _ in pairs], torch.long)
+        self.weight_P = tensor([weight for _, _, weight in pairs])
+        self.path_step_X = tensor([step for step, _ in paths], torch.long)
+        self.path_end_X = tensor([end for _, end in paths], torch.long)
+        weights = [weight for lesson in lessons for weight, _ in lesson.likelihood]
+        counts_E = torch.tensor([count for lesson in lessons for _, count in lesson.likelihood])
+        self.weight_E = tensor(weights)  # how often the log pi of a node's tokens enters the sum
+        self.value_mask_E = tensor([float(v) for lesson in lessons for v in lesson.value])
+        self.ref_E = tensor([node.logp for node in packed.node_E])
+        self.q_E = tensor([node.q_value for node in packed.node_E])
+        self.needed_E = counts_E > 0  # the nodes whose log pi a loss reads, on the CPU
+        self.needed_E[[end for win, lose, _ in pairs for end in (win, lose)]] = True
+        self.needed_E[[step for step, _ in paths]] = True
+        self.counts = {
+            "pair_weight": sum(weight for _, _, weight in pairs),
+            "likelihood_tokens": counts_E[packed.node_M].sum().item(),
+            "value_nodes": self.value_mask_E.sum().item(),
+            "pairs": len(pairs),
+            "unique_tokens": sum(len(node.tokens) for node in packed.node_E),
+            "pairwise_tokens": sum(lesson.pairwise_tokens for lesson in lessons),
+        }
+
+    def path_logp(self, logp_E: Tensor) -> Tensor:
+        """log pi of whole solutions at their last steps (E,), from log pi of steps (E,)."""
+        zero_E = logp_E.new_zeros(len(logp_E))
+        return zero_E.index_add(0, self.path_end_X, logp_E[self.path_step_X])
 
 
-COUNTS = ("pair_weight", "likelihood_tokens", "value_nodes", "pairs", "unique_tokens", "pairwise_tokens")  # Batch.counts
-COUNTED = {"policy": 0, "sft": 1, "mse": 2, "margin": 0, "win_reward": 0, "lose_reward": 0, "reward_accuracy": 0, "value_accuracy": 0,
-           "value_error": 2}  # which of them divides each sum of `loss_sums`, once it is that of the whole optimizer step
+def loss_sums(
+    logp_M: Tensor, value_E: Tensor, node_M: Tensor, batch: Batch, config: LossConfig
+) -> dict[str, Tensor]:
+    """The sums over a batch that DIVISORS names: the loss terms and the figures to watch.
 
-
-def loss_sums(logp_M: Tensor, value_E: Tensor, node_M: Tensor, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
-    """Sums over a batch, named as in COUNTED: the loss terms and the figures to watch. `logp_M` are the policy's
-    log-probabilities of the tokens of the nodes `node_M`, `value_E` its values of all nodes."""
-    objective, weight_P = OBJECTIVES[config.objective], batch.weight_P
+    `logp_M` are the policy's log-probabilities of the tokens of the nodes `node_M`, and `value_E`
+    its values of all nodes, as `score` returns them.
+    """
+    objective = OBJECTIVES[config.objective]
+    weight_P = batch.weight_P
     policy_E = step_logp(logp_M, node_M, len(value_E))
-    (policy_win_P, policy_lose_P), (ref_win_P, ref_lose_P) = (
-        [x_E.new_zeros(len(weight_P)).index_add(0, pair_X, x_E[node_X]) for node_X, pair_X in batch.sides]
-        for x_E in (policy_E, batch.ref_E))
+    ref_E = batch.ref_E
+    if objective.whole_solutions:
+        policy_E = batch.path_logp(policy_E)
+        ref_E = batch.path_logp(ref_E)
+    policy_win_P, policy_lose_P = policy_E[batch.win_P], policy_E[batch.lose_P]
+    ref_win_P, ref_lose_P = ref_E[batch.win_P], ref_E[batch.lose_P]
     value_win_P, value_lose_P = value_E[batch.win_P], value_E[batch.lose_P]
+    preference_P = objective.preference(
+        policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta
+    )
+    margin_P = value_margin(value_win_P, value_lose_P, config.margin)
     reward_win_P = config.beta * (policy_win_P - ref_win_P).detach()
     reward_lose_P = config.beta * (policy_lose_P - ref_lose_P).detach()
-    terms = {"policy": weight_P * objective.preference(policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta),
-             "sft": -batch.weight_E[node_M] * logp_M,
-             "mse": batch.value_mask_E * value_mse(value_E, batch.q_E),
-             "margin": objective.value * weight_P * value_margin(value_win_P, value_lose_P, config.margin),
-             "win_reward": weight_P * reward_win_P, "lose_reward": weight_P * reward_lose_P,
-             "reward_accuracy": weight_P * (reward_win_P > reward_lose_P),
-             "value_accuracy": weight_P * (value_win_P > value_lose_P),
-             "value_error": batch.value_mask_E * (value_E - batch.q_E).detach().abs()}
+    terms = {
+        "policy": weight_P * preference_P,
+        "sft": -batch.weight_E[node_M] * logp_M,
+        "mse": batch.value_mask_E * value_mse(value_E, batch.q_E),
+        "margin": objective.value * weight_P * margin_P,
+        "win_reward": weight_P * reward_win_P,
+        "lose_reward": weight_P * reward_lose_P,
+        "reward_accuracy": weight_P * (reward_win_P > reward_lose_P),
+        "value_accuracy": weight_P * (value_win_P > value_lose_P),
+        "value_error": batch.value_mask_E * (value_E - batch.q_E).detach().abs(),
+    }
     return {name: term.sum() for name, term in terms.items()}
 
 
-def total_loss(sums: dict[str, Tensor], counts: Tensor, config: LossConfig) -> Tensor:
-    """a_policy * policy + a_sft * SFT + a_mse * MSE + a_margin * margin (SVPO summary; a_policy ours), each divided by its count."""
-    weights = {"policy": config.policy_weight, "sft": config.sft_weight, "mse": config.mse_weight, "margin": config.margin_weight}
-    return sum(weight * sums[name] / max(float(counts[COUNTED[name]]), 1e-8) for name, weight in weights.items())
+def total_loss(sums: dict[str, Tensor], counts: Mapping[str, float], config: LossConfig) -> Tensor:
+    """a_policy * policy + a_sft * SFT + a_mse * MSE + a_margin * margin.
+
+    SVPO summary; a_policy is ours. Each sum is divided by its count.
+    """
+    weights = {
+        "policy": config.policy_weight,
+        "sft": config.sft_weight,
+        "mse": config.mse_weight,
+        "margin": config.margin_weight,
+    }
+    terms = []
+    for name, weight in weights.items():
+        terms.append(weight * sums[name] / max(counts[DIVISORS[name]], 1e-8))
+    return sum(terms)
+
+
+# ---------------------------------------------------------------------------------- the reference
+
+
+def fingerprints(model: Llama, trees: list[Tree]) -> dict[str, str]:
+    """Hashes of a model's weights, and of the tokens of trees."""
+    weights = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
+        weights.update(name.encode() + numbers.tobytes())
+    steps = hashlib.blake2b(digest_size=8)
+    for tree in trees:
+        nodes = [(node.parent, node.tokens) for node in tree.nodes]
+        steps.update(json.dumps([tree.id, nodes]).encode())
+    return {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
+
+
+def add_reference(model: Llama, trees: list[Tree], file: Path, *sizes: int):
+    """Set the nodes' log-probabilities to those of the policy, before it is trained.
+
+    They are read from `file`, or computed by one pass (each rank its share; `sizes` as in
+    `rescore`) and kept there with fingerprints of the weights and trees. InputError if the file is
+    of others.
+    """
+    marks = fingerprints(model, trees)
+    if file.exists():
+        logp = read_reference(file, marks)
+    else:
+        numbers = rank_share(range(len(trees)))
+        rescored = rescore(model, rank_share(trees), *sizes)
+        mine = [(n, [node.logp for node in tree.nodes]) for n, tree in zip(numbers, rescored)]
+        logp = [value for _, values in sorted(gather(mine)) for value in values]
+        tensors = {"logp": torch.tensor(logp)}
+        on_rank_0(lambda: publish(file, lambda partial: save_file(tensors, partial, marks)))
+    nodes = [node for tree in trees for node in tree.nodes]
+    for node, value in zip(nodes, logp):
+        node.logp = value
+
+
+def read_reference(file: Path, marks: dict[str, str]) -> list[float]:
+    """The log-probabilities in a file that must have these fingerprints."""
+    try:
+        with safe_open(file, "pt") as stored:
+            found = stored.metadata() or {}
+            logp = stored.get_tensor("logp").tolist()
+    except SafetensorError as error:
+        raise InputError(f"{file}: not readable ({error}); delete it to have it computed again")
+    for name, mark in marks.items():
+        if found.get(name) != mark:
+            raise InputError(
+                f"{file} is of other {name} ({found.get(name)}, not {mark}); delete it to have it "
+                "computed again"
+            )
+    return logp

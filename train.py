@@ -1,159 +1,368 @@
-"""The whole loop: SFT on worked solutions, then rounds of tree search and training on the trees, then the table of answers.
+"""The whole loop: SFT, then rounds of tree search and training on the trees, then the answers.
 
     python train.py                                    built-in questions, a tiny model from scratch
     python train.py --model DIR --data FILE.jsonl      a real checkpoint on real questions
-    torchrun --nproc-per-node 8 train.py ...           each rank searches its share; training shards the model (FSDP2)
+    torchrun --nproc-per-node 8 train.py ...           each rank searches its share; FSDP2 trains
 
-A run folder holds config.json, log.jsonl (one line an optimizer step) and a folder a stage (sft, round1, ...) with the
-model in Hugging Face's layout, its trees and its eval.json. The same command, run again, goes on where it was: what is
-random depends on the seed and the step alone, so an interrupted run ends with the weights of an uninterrupted one.
+A run folder holds config.json, log.jsonl (one line an optimizer step) and a folder for each stage
+(sft, round1, ...) with the model in Hugging Face's layout, its trees and its eval.json. Run the
+same command again to resume. What is random depends on the seed and the step alone, so an
+interrupted run ends with the weights of one that was not.
+
+Dimension key: E nodes of a pack, D width.
 """
+
 import gc
+import json
 import math
-import os
 import random
 import shutil
 import sys
 import time
 import zlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data import SourceConfig, StepTokenizer, find_folder, find_source, parse_args, read_template, read_trees, resume_trees, \
-    run_command, solution_tree, task_tokenizer, write_trees
-from eval import AnswerConfig, answer_questions, grow_groups, grow_judged, passes, rescore, score, sibling_accuracy
-from mcts import SearchConfig, search_trees
-from model import Llama, LlamaConfig, load_model, save_model
-from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint, write_model
-from support.files import read_json, settle, write_json
-from support.plan import print_plan, shape_of
-from support.ranks import gather, join_ranks, once, share
-from support.reference import add_reference
-from support.reports import describe, log_step, open_board, print_table, progress, warn_saturated
-from support.run_folder import check_flags, check_lengths, open_run
-from support.tree_files import check_tokens
-from svpo import COUNTED, COUNTS, OBJECTIVES, Batch, InputError, Lesson, LossConfig, Tree, TreeNode, flag, learn, loss_sums, \
-    total_loss
-from tasks.questions import load_splits
+from data import (
+    BUILT_IN,
+    Question,
+    SourceConfig,
+    StepTokenizer,
+    Tree,
+    TreeNode,
+    check_token_ids,
+    find_source,
+    load_splits,
+    outcome_of,
+    read_template,
+    read_trees,
+    resume_trees,
+    solution_tree,
+    write_trees,
+)
+from engine import Demand, Engine, Node
+from eval import AnswerConfig, answer_questions, grow_judged, sibling_accuracy
+from mcts import SearchConfig, backup, search_trees, to_tree
+from model import (
+    LOGITS,
+    Llama,
+    LlamaConfig,
+    count_parameters,
+    load_model,
+    read_config,
+    save_model,
+)
+from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
+from support.files import head_commit, hold, keep_config, publish, read_json, sync, write_json
+from support.flags import InputError, flag, parse_args, run_command, visible
+from support.hugging_face import PRESETS, find_folder
+from support.plan import WIDTH, Sizes, print_plan
+from support.progress import log_step, open_board, progress
+from support.ranks import barrier, gather, join_ranks, on_rank_0, rank, rank_share, world_size
+from support.tables import print_stages
+from svpo import (
+    COUNTS,
+    DIVISORS,
+    OBJECTIVES,
+    Batch,
+    Lesson,
+    LossConfig,
+    add_reference,
+    group_by_tokens,
+    learn,
+    loss_sums,
+    pairs_of,
+    rescore,
+    score,
+    total_loss,
+)
+from tasks.built_in import TASKS, is_built_in, task_tokenizer
 
-STRATEGIES = ("greedy", "sampled", "beam:1,5", "beam:3,5")
-TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05)
+TABLE = ("greedy", "sampled", "beam:1,5", "beam:3,5")  # the strategies of the table
+TINY = {  # the model that is trained from scratch
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+}
 DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
+COPIED = (  # files of the model's folder that go into each stage's
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
 class RunConfig(SourceConfig):
     """What to train on, and where to write."""
-    model: str = flag("tiny", "tiny (from scratch, built-in task only), a folder, a preset or a repository id")
-    data: str = flag("arithmetic", "arithmetic or deduction (built in), or benchmarks and JSONL files of training questions", many=True)
-    limit: int = flag(0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0)
+
+    model: str = flag(
+        "tiny", "tiny (from scratch, built-in task only), a folder, a preset or a repository id"
+    )
+    data: str = flag(
+        "arithmetic",
+        "arithmetic or deduction (built in), or datasets and JSONL files of training questions",
+        many=True,
+    )
+    limit: int = flag(
+        0, "use the first N questions of a JSONL file, held-out ones included; 0: all", least=0
+    )
     seed: int = flag(0, "seed of weights, questions, sampling and data order")
-    train_prompt: str = flag("", "prompt to train, answer, and search a trained model under; --prompt is then for the "
-                                 "untrained one")
-    test_data: str = flag("", "test questions; empty: the last fifth of --data is held out", many=True)
+    train_prompt: str = flag(
+        "",
+        "prompt to train, answer, and search a trained model under; --prompt is then for the "
+        "untrained one",
+    )
+    test_data: str = flag(
+        "", "test questions; empty: the last fifth of --data is held out", many=True
+    )
     test_limit: int = flag(500, "answer at most N test questions", least=1)
     sft_questions: int = flag(7000, "built-in task: worked solutions", least=1)
-    search_questions: int = flag(4500, "built-in task: new questions a round, with answers only", least=1)
-    valid_questions: int = flag(300, "built-in task: questions searched only to measure sibling accuracy", least=1)
-    rounds: int = flag(1, "rounds of search and training; AlphaMath: 3", built_in=2, least=0)
+    search_questions: int = flag(
+        4500, "built-in task: new questions a round, with answers only", least=1
+    )
+    valid_questions: int = flag(
+        300, "built-in task: questions searched only to measure sibling accuracy", least=1
+    )
+    rounds: int = flag(1, "rounds of search and training; AlphaMath: 3", least=0)
     out: str = flag("", "run folder; empty: runs/DATA-seedN")
-    plan: bool = flag(False, "print what each phase takes on 1 to 64 GPUs, from the model's shape alone, and end")
+    plan: bool = flag(
+        False, "print what each phase takes on 1 to 64 GPUs, from the model's shape alone, and end"
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The optimizer. AlphaMath: lr 4e-5, cosine, warm-up 3 %, batch 1024, 10 epochs."""
-    sft_steps: int = flag(0, "optimizer steps on worked solutions; 0: start from the model as it is", built_in=2000, least=0)
-    sft_batch: int = flag(16, "solutions a step", built_in=32, least=1)
-    sft_lr: float = flag(2e-5, "peak learning rate of SFT", built_in=3e-3, least=0)
+
+    sft_steps: int = flag(
+        0, "optimizer steps on worked solutions; 0: start from the model as it is", least=0
+    )
+    sft_batch: int = flag(16, "solutions a step", least=1)
+    sft_lr: float = flag(2e-5, "peak learning rate of SFT", least=0)
     tune_epochs: int = flag(2, "passes over a round's trees", least=1)
-    tune_batch: int = flag(4, "trees a step, over all ranks", built_in=8, least=1)
-    tune_lr: float = flag(1e-5, "peak learning rate on trees", built_in=5e-4, least=0)
+    tune_batch: int = flag(4, "trees a step, over all ranks", least=1)
+    tune_lr: float = flag(1e-5, "peak learning rate on trees", least=0)
     group: int = flag(8, "grpo: solutions sampled of each question (G)", least=2)
-    row_tokens: int = flag(0, "pack trees into rows of this many tokens; 0: of the largest tree", built_in=256, least=0)
-    pack_tokens: int = flag(0, "tokens of one forward and backward pass, whole trees; 0: a rank's share of the step", least=0)
-    recompute: bool = flag(False, "keep only the blocks' inputs for the backward pass (activation checkpointing)")
+    row_tokens: int = flag(
+        0, "pack trees into rows of this many tokens; 0: of the largest tree", least=0
+    )
+    pack_tokens: int = flag(
+        0,
+        "tokens of one forward and backward pass, whole trees; 0: a rank's share of the step",
+        least=0,
+    )
+    recompute: bool = flag(
+        False, "keep only the blocks' inputs for the backward pass (activation checkpointing)"
+    )
     save_every: int = flag(200, "optimizer steps between checkpoints", least=1)
-    tensorboard: bool = flag(False, "write the log to RUN/tensorboard, too (pip install tensorboard)")
+    tensorboard: bool = flag(
+        False, "write the log to RUN/tensorboard, too (pip install tensorboard)"
+    )
     keep: int = flag(1, "checkpoints of a stage that stay until it ends", least=1)
-    warmup: float = flag(0.03, "share of the steps with rising learning rate; cosine decay follows", least=0)
+    warmup: float = flag(
+        0.03, "share of the steps with rising learning rate; cosine decay follows", least=0
+    )
     weight_decay: float = flag(0.01, "AdamW's", least=0)
     clip: float = flag(1.0, "largest gradient norm; 0: any", least=0)
 
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    real = ["--data", "gsm8k"] if {"--plan", "--model"} <= set(argv) and "--data" not in argv else []  # to plan for a real model
-    stages = parse_args(__doc__, (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig), [*argv, *real])
-    run, train, search, losses, _ = stages
+    planned = {"--plan", "--model"} <= set(argv) and "--data" not in argv
+    real = ["--data", "gsm8k"] if planned else []  # a plan for a real model needs no data
+    configs = (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig)
+    stages = parse_args(__doc__, configs, [*argv, *real], recipe=BUILT_IN)
+    run, train, search, losses, answering = stages
     check_flags(run, train, losses)
     if run.plan:
-        shape = LlamaConfig(task_tokenizer(run.data).get_vocab_size(), **TINY) if run.model == "tiny" else shape_of(run.model)
-        return print_plan(shape, *stages)
-    device, splits = join_ranks(run), load_splits(run)
+        shape = shape_of(run)
+        sizes = Sizes(shape, *count_parameters(shape), WIDTH[run.dtype], LOGITS)
+        return print_plan(sizes, *stages)
+    device = join_ranks(run)
+    splits = load_splits(run)
     job = Job(*stages, device, *check_splits(run, train, search, splits))
-    folder = Path(run.out or f"runs/{'-'.join(Path(name).stem for name in run.data.split())}-seed{run.seed}")
+    data_name = "-".join(Path(name).stem for name in run.data.split())
+    folder = Path(run.out or f"runs/{data_name}-seed{run.seed}")
     open_run(folder, stages, splits)
-    previous, rows, first = start_folder(run, job.tokenizer, folder), [], "sft" if train.sft_steps else "start"
-    for number in range(run.rounds + 1):
-        stage = folder / (f"round{number}" if number else first)
-        stage.mkdir(exist_ok=True)
-        if stage.name != "start":  # the start is the model as it was given
-            if not (stage / "config.json").exists():
-                train_stage(job, previous, stage, splits, number)
-            once(lambda: [shutil.rmtree(path) for path in stage.glob("checkpoint*")])
-            previous = stage
-        rows.append(evaluate(job, splits, previous, stage, folder / first))
-        print_table(rows[-1:], f"after {stage.name}")
-    print_table(rows, f"{folder}: {rows[0]['answers'][0]['questions']} unseen questions, seed {run.seed}; accuracy in %")
+    run_stages(job, folder, splits)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------- setting up
+def run_stages(job: "Job", folder: Path, splits: dict):
+    """SFT and the rounds, each trained and evaluated unless it is there already; the table."""
+    previous = start_folder(job.run, job.search_tokenizer, folder)
+    first = "sft" if job.train.sft_steps else "start"  # start: the model as it was given
+    rows = []
+    for number in range(job.run.rounds + 1):
+        stage = folder / (f"round{number}" if number else first)
+        stage.mkdir(exist_ok=True)
+        if stage.name != "start":
+            if not (stage / "config.json").exists():
+                train_stage(job, previous, stage, splits, number)
+            on_rank_0(lambda stage=stage: remove_checkpoints(stage))
+            previous = stage
+        rows.append(evaluate(job, splits, previous, stage, folder / first))
+        print_stages(rows[-1:], f"after {stage.name}")
+    count = rows[0]["answers"][0]["questions"]
+    seed = job.run.seed
+    print_stages(rows, f"{folder}: {count} unseen questions, seed {seed}; accuracy in %")
+
+
+# ------------------------------------------------------------------------------------- setting up
+
 
 @dataclass(frozen=True)
 class Job:
-    """The configuration, where to compute, and the tokenizers with the prompts to search and to train under."""
+    """The configuration, where to compute, and the tokenizers with their prompts."""
+
     run: RunConfig
     train: TrainConfig
     search: SearchConfig
     losses: LossConfig
     answering: AnswerConfig
     device: str
-    tokenizer: StepTokenizer
-    plain: StepTokenizer
+    search_tokenizer: StepTokenizer  # prompt to search an untrained model under
+    train_tokenizer: StepTokenizer  # prompt to train and answer under
 
     def load(self, folder: Path, dtype: str = "") -> Llama:
-        """A whole copy of a model, in the type to compute in or `dtype`; those that nobody holds any more go first."""
+        """A whole copy of a model, in `dtype` or in the type to compute in.
+
+        Models that nobody holds any more are freed first.
+        """
         gc.collect()
         torch.cuda.empty_cache()
-        return load_model(folder, self.device, getattr(torch, dtype or self.run.dtype), self.run.seed)
+        kind = getattr(torch, dtype or self.run.dtype)
+        return load_model(folder, self.device, kind, self.run.seed)
 
 
-def check_splits(run: RunConfig, train: TrainConfig, search: SearchConfig, splits: dict) -> tuple[StepTokenizer, StepTokenizer]:
-    """The tokenizers of a Job. What does not fit, SFT without solutions and a checkpoint that does not load are refused:
-    nothing is written yet."""
+def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
+    """Refuse flags that do not go together."""
+    built_in = is_built_in(run.data)
+    if built_in and ":" in run.data:
+        task = run.data.split(":")[0]
+        raise InputError(
+            f"--data {run.data}: training takes all splits of a built-in task: --data {task}"
+        )
+    if run.model == "tiny" and not built_in:
+        raise InputError(
+            f"--model tiny and the built-in tasks ({', '.join(TASKS)}) go together, and --data "
+            f"{run.data} is not one of these; real questions need a real --model"
+        )
+    if run.model != "tiny" and built_in:
+        raise InputError(
+            f"--data {run.data} is a built-in task, which only --model tiny can be trained on"
+        )
+    if run.model == "tiny" and (run.chat or run.steps not in ("", "lines")):
+        raise InputError("--chat and --steps need a real --model: the tiny one learns lines")
+    names = sorted(OBJECTIVES.keys() - {"sft"})
+    if losses.objective not in names:
+        raise InputError(f"--objective {losses.objective}: there are {', '.join(names)}")
+    objective = OBJECTIVES[losses.objective]
+    likelihood_alone = objective.likelihood and not objective.pairs and not objective.value
+    if likelihood_alone and not losses.sft_weight:
+        raise InputError(
+            f"--sft-weight 0 leaves --objective {losses.objective} nothing to learn from"
+        )
+    if train.tensorboard and not find_spec("tensorboard"):
+        raise InputError(
+            "--tensorboard needs a package that is not installed: pip install tensorboard"
+        )
+
+
+def tiny_config(task: str) -> LlamaConfig:
+    """The shape of the model that is trained from scratch on a built-in task."""
+    return LlamaConfig(task_tokenizer(task).get_vocab_size(), eos_token_id=0, **TINY)
+
+
+def shape_of(run: RunConfig) -> LlamaConfig:
+    """The model's configuration, of which only config.json is read, or the preset's."""
+    if run.model == "tiny":
+        return tiny_config(run.data)
+    if run.model in PRESETS and not Path(run.model).is_dir():
+        return LlamaConfig(**PRESETS[run.model][1])
+    return read_config(find_folder(run.model, ("config.json",)))
+
+
+def check_splits(
+    run: RunConfig, train: TrainConfig, search: SearchConfig, splits: dict
+) -> tuple[StepTokenizer, StepTokenizer]:
+    """The two tokenizers of a Job.
+
+    Questions and solutions that do not fit into the model's context, SFT without solutions, and a
+    checkpoint that does not load are refused. Nothing is written yet.
+    """
     if run.model == "tiny":
         tokenizer = StepTokenizer(task_tokenizer(run.data), [0], read_template(run.prompt))
         context = TINY["max_position_embeddings"]
     else:
         folder, tokenizer = find_source(run)
         context = load_model(folder, "meta").config.max_position_embeddings
-    plain = tokenizer.under(run.train_prompt)
-    check_lengths(tokenizer, plain, context, train, search, splits)
-    return tokenizer, plain
+    trained = tokenizer.with_prompt(run.train_prompt)
+    room = context - search.max_step_tokens
+    for question in [*splits["valid"], *splits["test"], *sum(splits["search"], [])]:
+        tokenizer.encode_prompt(question, room)
+        trained.encode_prompt(question, room)
+    if train.sft_steps and not splits["sft"]:
+        raise InputError("--sft-steps needs questions with worked solutions, and there is none")
+    for question in splits["sft"] if train.sft_steps else []:
+        length = solution_tree(question, trained).tokens()
+        if length > context:
+            raise InputError(
+                f"question {question.id}: prompt and solution have {length} tokens, "
+                f"the model's context {context}"
+            )
+    return tokenizer, trained
+
+
+def open_run(folder: Path, stages: tuple, splits: dict):
+    """Make the run folder, or check that it belongs to the same configuration and questions.
+
+    Other processes are kept away from it.
+    """
+    if folder.exists() and not (folder / "config.json").exists():
+        ours = ("lock", "config.json.partial")
+        if any(file.name not in ours for file in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no run; choose another --out")
+    barrier()  # all have looked
+    folder.mkdir(parents=True, exist_ok=True)
+    hold(folder / "lock")
+    asked = [question for name in ("sft", "valid", "test") for question in splits[name]]
+    asked += [question for part in splits["search"] for question in part]
+    text = json.dumps([[question.text, question.answer] for question in asked])
+    keep_config(
+        folder / "config.json",
+        stages,
+        free=("out", "device", "plan", "keep", "tensorboard"),
+        write=rank() == 0,
+        commit=head_commit(),
+        questions=zlib.crc32(text.encode()),
+    )
 
 
 def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path:
     """The folder of the model to start from; the tiny one is drawn and written first."""
+    if run.model != "tiny":
+        return find_folder(run.model)
     start = folder / "start"
 
     def write():
@@ -161,194 +370,444 @@ def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path
             return
         start.mkdir(exist_ok=True)
         tokenizer.tokenizer.save(str(start / "tokenizer.json"))
-        settle(start / "tokenizer.json")
-        (start / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n')
-        config = LlamaConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), eos_token_id=0, **TINY)
-        save_model(Llama(config).init_weights(run.seed), start)
-    if run.model != "tiny":
-        return find_folder(run.model)
-    once(write)
+        sync(start / "tokenizer.json")
+        (start / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n'
+        )
+        save_model(Llama(tiny_config(run.data)).init_weights(run.seed), start)
+
+    on_rank_0(write)
     return start
 
 
-# --------------------------------------------------------------------------------------------- training
+def remove_checkpoints(stage: Path):
+    """Remove the checkpoints of a stage whose model is written."""
+    for folder in stage.glob("checkpoint*"):
+        shutil.rmtree(folder)
+
+
+# --------------------------------------------------------------------------------------- training
+
 
 def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int):
     """Train the model in `previous` on the stage's data, and write it to `stage`."""
-    run, train, losses = job.run, job.train, job.losses
-    batch, lr, trees = train.tune_batch, train.tune_lr, []
+    train = job.train
+    losses = job.losses
+    batch, lr = train.tune_batch, train.tune_lr
+    questions = splits["search"][number - 1] if number else splits["sft"]
     if number == 0:
-        batch, lr, losses = train.sft_batch, train.sft_lr, LossConfig("sft", sft_weight=1.0)
-        trees = [solution_tree(question, job.plain) for question in splits["sft"]]
-    elif losses.objective != "grpo":
-        trees = grow_trees(job, previous, stage, splits["search"][number - 1], number)
-    lessons = [lesson for lesson in (learn(tree, losses) for tree in trees) if len(lesson.tree.nodes) > 1]
+        losses = LossConfig("sft", sft_weight=1.0)
+        batch, lr = train.sft_batch, train.sft_lr
+        trees = [solution_tree(question, job.train_tokenizer) for question in questions]
+    elif losses.objective == "grpo":
+        trees = []  # its trees are sampled between the steps
+    else:
+        trees = grow_trees(job, previous, stage, questions, number)
+    lessons = [learn(tree, losses) for tree in trees]
+    lessons = [lesson for lesson in lessons if len(lesson.tree.nodes) > 1]
     if trees and not lessons:
-        raise InputError(f"{stage.name}: no tree has a step that --objective {losses.objective} learns from")
-    items = lessons or splits["search"][number - 1]
-    steps = max(1, train.tune_epochs * len(items) // batch) if number else train.sft_steps
+        raise InputError(
+            f"{stage.name}: no tree has a step that --objective {losses.objective} learns from"
+        )
+    seed = job.run.seed + number
+    count = len(lessons or questions)
+    steps = max(1, train.tune_epochs * count // batch) if number else train.sft_steps
     model = job.load(previous, "float32")  # whatever it computes in
     for block in model.model.layers:
         block.recompute = train.recompute
-    shard(model, run.dtype)
+    shard(model, job.run.dtype)
 
     def lessons_of(step: int) -> list[tuple[int, Lesson]]:
         """This rank's share of a step's lessons, with their places in the step."""
-        mine = share(list(enumerate(order(len(items), run.seed + number, step * batch, batch))))
+        places = rank_share(enumerate(order(count, seed, step * batch, batch)))
         if lessons:
-            return [(place, lessons[index]) for place, index in mine]
-        questions = [replace(items[index], id=f"{step} {place}") for place, index in mine]  # a question may come twice
-        groups = grow_groups(whole(model, run.dtype), job.plain, questions, job.search, train.group, run.seed + number)
-        return [(place, learn(tree, losses)) for (place, _), tree in zip(mine, groups)]
-    with Stop() as stop:  # a request to stop waits for the end of the step, or for the model to be written
-        optimize(model, steps, lr, lessons_of, losses, train, run.seed + number, stage, stop)
+            return [(place, lessons[index]) for place, index in places]
+        # a question may come twice in a step, so ids are made of places
+        asked = [replace(questions[index], id=f"{step} {place}") for place, index in places]
+        groups = sample_groups(job, model, asked, seed)
+        return [(place, learn(tree, losses)) for (place, _), tree in zip(places, groups)]
+
+    with Stop() as stop:  # a request to stop waits for the end of the step, or of writing the model
+        optimize(model, steps, lr, lessons_of, losses, train, seed, stage, stop)
         write_model(model, previous, stage)
 
 
+def optimize(
+    model: Llama,
+    steps: int,
+    lr: float,
+    lessons_of: Callable[[int], list[tuple[int, Lesson]]],
+    losses: LossConfig,
+    train: TrainConfig,
+    seed: int,
+    stage: Path,
+    stop: Stop | None = None,
+):
+    """AdamW over `steps` steps, from the stage's last checkpoint on.
+
+    `lessons_of(step)` returns this rank's lessons with their places in the step.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr, (0.9, 0.95), weight_decay=train.weight_decay, fused=True
+    )
+    first = load_checkpoint(stage, model, optimizer)
+    on_rank_0(lambda: forget(stage, first))
+    board = open_board(stage.parent) if train.tensorboard and rank() == 0 else None
+    with progress(range(first, steps), stage.name, steps, "step", first) as bar:
+        for step in bar:
+            begin = time.perf_counter()
+            figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
+            figures["grad_norm"] = clip_gradients(model, train.clip)
+            check_finite(figures, stage, step)
+            for group in optimizer.param_groups:
+                group["lr"] = figures["lr"] = lr * schedule(step, steps, train.warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            figures["pairs"] = counts["pairs"]
+            for name in ("unique_tokens", "pairwise_tokens"):
+                figures[f"{name}_s"] = counts[name] / (time.perf_counter() - begin)
+            log_step(bar, board, stage, step, figures)
+            asked = stop.asked() if stop else 0
+            if asked or (step + 1) % train.save_every == 0 and step + 1 < steps:
+                save_checkpoint(stage, model, optimizer, step + 1, train.keep)
+            if asked:
+                raise KeyboardInterrupt(asked)
+
+
+def backward(
+    model: Llama,
+    mine: list[tuple[int, Lesson]],
+    losses: LossConfig,
+    train: TrainConfig,
+    seed: int,
+    step: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Compute the gradients of one step; `mine` are this rank's lessons with their places.
+
+    Every sum is divided by its count over all packs and ranks. Returns the figures of the step
+    and its counts.
+    """
+    device = next(model.parameters()).device
+    indices = group_by_tokens([lesson.tree for _, lesson in mine], train.pack_tokens)
+    groups = [[mine[index] for index in group] for group in indices]
+    groups += [[(0, EMPTY)]] * (most_over_ranks(len(groups)) - len(groups))
+    batches = []
+    for group in groups:
+        lessons = [lesson for _, lesson in group]
+        batches.append(Batch(lessons, losses, train.row_tokens, device))
+    counts = counts_over_ranks(batches)
+    totals = torch.zeros(1 + len(DIVISORS), dtype=torch.float64)
+    for group, batch in zip(groups, batches):
+        dropout_ED = None
+        if OBJECTIVES[losses.objective].value:
+            dropout_ED = draw_dropout(group, model.config.hidden_size, seed, step).to(device)
+        scores = score(model, batch.packed, batch.needed_E, dropout_ED)
+        sums = loss_sums(*scores, batch, losses)
+        loss = total_loss(sums, counts, losses)
+        (loss * (world_size() if dist.is_initialized() else 1)).backward()  # FSDP takes the mean
+        totals += torch.stack([loss, *(sums[name] for name in DIVISORS)]).detach().cpu()
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    loss, *sums = totals.tolist()
+    figures = {"loss": loss}
+    for name, total in zip(DIVISORS, sums):
+        if counts[DIVISORS[name]]:
+            figures[name] = total / counts[DIVISORS[name]]
+    return figures, counts
+
+
+# what a rank trains on where others have more packs: FSDP's passes are common ones
+EMPTY = Lesson(Tree("", "", "", [TreeNode(-1, [0], [False])]), [], [(0.0, 0.0)], [False])
+
+
+def most_over_ranks(count: int) -> int:
+    """The largest of the ranks' counts."""
+    most = torch.tensor(count)
+    if dist.is_initialized():
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+def counts_over_ranks(batches: list[Batch]) -> dict[str, float]:
+    """The sums of the batches' counts, over all ranks."""
+    counts = [sum(batch.counts[name] for batch in batches) for name in COUNTS]
+    counts = torch.tensor(counts, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return dict(zip(COUNTS, counts.tolist()))
+
+
+def draw_dropout(group: list[tuple[int, Lesson]], width: int, seed: int, step: int) -> Tensor:
+    """Dropout of the value head's input (E, D) for a pack: 0 or 1 / (1 - DROPOUT).
+
+    It depends on the seed, the step and the lesson's place, so it is the same wherever a tree is
+    computed.
+    """
+    uniform_ED = []
+    for place, lesson in group:
+        own = zlib.crc32(f"{seed} {step} {place}".encode())
+        generator = torch.Generator().manual_seed(own)
+        uniform_ED.append(torch.rand(len(lesson.tree.nodes), width, generator=generator))
+    return torch.cat(uniform_ED).ge(DROPOUT) / (1 - DROPOUT)
+
+
+def clip_gradients(model: Llama, clip: float) -> float:
+    """Scale the gradients down to norm `clip` (0: leave them); the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def check_finite(figures: dict[str, float], stage: Path, step: int):
+    """End the run if the loss or its gradient is not finite."""
+    if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+        raise InputError(
+            f"{stage.name}, step {step}: the loss is {figures['loss']}, its gradient norm "
+            f"{figures['grad_norm']}; the last checkpoint is kept; start again with another --out "
+            "and a lower learning rate"
+        )
+
+
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate: linear over the first `warmup` of the steps, then a cosine down to 0."""
+    """The factor of the peak learning rate: linear over the first `warmup` of the steps, then a
+    cosine down to 0."""
     rising = max(1, round(warmup * steps))
-    return min((step + 1) / rising, 0.5 * (1 + math.cos(math.pi * max(0, step - rising) / max(1, steps - rising))))
+    done = max(0, step - rising) / max(1, steps - rising)
+    return min((step + 1) / rising, 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def order(count: int, seed: int, start: int, batch: int) -> list[int]:
-    """Places `start` to `start + batch` in the endless row of shuffled passes over `count` items."""
-    passes = {number: random.Random(f"{seed} {number}").sample(range(count), count)
-              for number in range(start // count, (start + batch - 1) // count + 1)}
-    return [passes[number // count][number % count] for number in range(start, start + batch)]
+    """Places `start` to `start + batch` in the endless row of shuffled epochs of `count` items."""
+    places = range(start, start + batch)
+    shuffled = {}
+    for epoch in {place // count for place in places}:
+        shuffled[epoch] = random.Random(f"{seed} {epoch}").sample(range(count), count)
+    return [shuffled[place // count][place % count] for place in places]
 
 
 def shard(model: Llama, dtype: str):
-    """FSDP2, a block at a time: float32 weights in shards, computing in `dtype`, gradients summed in float32. Without a
-    process group (one process, float32) there is nothing to do."""
+    """FSDP2, a block at a time: float32 weights in shards, computing in `dtype`, gradients summed
+    in float32.
+
+    Without a process group (one process, float32) there is nothing to do.
+    """
     if not dist.is_initialized():
         return
-    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def whole(model: Llama, dtype: str) -> Llama:
-    """The model itself, or an unsharded copy of it in the type that it computes in."""
+def unsharded_copy(model: Llama, dtype: str) -> Llama:
+    """A whole copy of a sharded model, in `dtype`; the model itself if it is not sharded."""
     if not dist.is_initialized():
         return model
     with torch.device("meta"):
         copy = Llama(model.config)
-    state = {name: parameter.detach().to(getattr(torch, dtype)).full_tensor() for name, parameter in model.named_parameters()}
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[name] = parameter.detach().to(getattr(torch, dtype)).full_tensor()
     copy.load_state_dict(state, assign=True)
     return copy
 
 
-def optimize(model: Llama, steps: int, lr: float, lessons_of, losses: LossConfig, train: TrainConfig, seed: int, stage: Path,
-             stop: Stop | None = None):
-    """AdamW over `steps` steps, from the stage's last checkpoint on. `lessons_of(step)`: this rank's (place, lesson) pairs."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=train.weight_decay, fused=True)
-    first = load_checkpoint(stage, model, optimizer)
-    once(lambda: forget(stage, first))
-    board = open_board(stage.parent) if train.tensorboard and not int(os.environ.get("RANK", 0)) else None
-    with progress(range(first, steps), stage.name, steps, "step", first) as bar:
-        for step in bar:
-            begin = time.perf_counter()
-            figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip or math.inf)
-            figures["grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                raise InputError(f"{stage.name}, step {step}: the loss is {figures['loss']}, its gradient norm "
-                                 f"{figures['grad_norm']}; the last checkpoint is kept; start again with another --out and a lower "
-                                 "learning rate")
-            for group in optimizer.param_groups:
-                group["lr"] = figures["lr"] = lr * schedule(step, steps, train.warmup)
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - begin
-            figures |= {"pairs": counts["pairs"]}
-            figures |= {f"{name}_s": counts[name] / seconds for name in ("unique_tokens", "pairwise_tokens")}
-            log_step(bar, board, stage, step, figures)
-            stopped = stop.asked() if stop else 0
-            if stopped or (step + 1) % train.save_every == 0 and step + 1 < steps:
-                save_checkpoint(stage, model, optimizer, step + 1, train.keep)
-            if stopped:
-                raise KeyboardInterrupt(stopped)
+def write_model(model: Llama, previous: Path, stage: Path):
+    """Write the trained model, whole, with the other files of the folder that it comes from."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+
+    def save():
+        for name in COPIED:
+            source = previous / name
+            if source.exists():
+                publish(
+                    stage / name, lambda partial, source=source: shutil.copyfile(source, partial)
+                )
+        save_model(model, stage, state)  # config.json comes last: a folder that has it is complete
+
+    on_rank_0(save)
 
 
-def backward(model: Llama, mine: list[tuple[int, Lesson]], losses: LossConfig, train: TrainConfig, seed: int, step: int):
-    """Gradients of one step: every sum is divided by its count over all passes and ranks. Returns (figures, counts)."""
-    device = next(model.parameters()).device
-    groups = [[mine[index] for index in group] for group in passes([lesson.tree for _, lesson in mine], train.pack_tokens)]
-    batches = [Batch([lesson for _, lesson in group], train.row_tokens, device) for group in groups]
-    counts = sum((batch.counts for batch in batches), torch.zeros(len(COUNTS), dtype=torch.float64))
-    most, ranks = torch.tensor(len(groups)), 1
-    if dist.is_initialized():
-        ranks = dist.get_world_size()
-        dist.all_reduce(counts)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-    totals = torch.zeros(len(COUNTED) + 1, dtype=torch.float64)
-    for _ in range(len(groups), int(most)):  # others have more passes, and FSDP's are common ones
-        groups.append([(0, Lesson(Tree("", "", "", [TreeNode(-1, [0], [False])]), [], [(0.0, 0.0)], [False]))])
-        batches.append(Batch([groups[-1][0][1]], device=device))
-    for group, batch in zip(groups, batches):
-        dropout_ED = None
-        if OBJECTIVES[losses.objective].value:  # the same for a tree wherever it is computed
-            seeds = [zlib.crc32(f"{seed} {step} {place}".encode()) for place, _ in group]
-            uniform = [torch.rand(len(lesson.tree.nodes), model.config.hidden_size, generator=torch.Generator().manual_seed(own))
-                       for own, (_, lesson) in zip(seeds, group)]
-            dropout_ED = torch.cat(uniform).ge(DROPOUT).to(device) / (1 - DROPOUT)
-        sums = loss_sums(*score(model, batch.packed, batch.needed_E, dropout_ED), batch, losses)
-        loss = total_loss(sums, counts, losses)
-        (loss * ranks).backward()  # FSDP takes the mean over ranks
-        totals += torch.stack([loss.detach(), *(sums[name].detach() for name in COUNTED)]).cpu()
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    figures = {name: total / counts[COUNTED[name]] for name, total in zip(COUNTED, totals[1:]) if counts[COUNTED[name]]}
-    return {name: float(value) for name, value in ({"loss": totals[0]} | figures).items()}, dict(zip(COUNTS, counts.tolist()))
+# ------------------------------------------------------------------------------------------- trees
 
 
-# --------------------------------------------------------------------------------------------- trees and measuring
+def grow_trees(
+    job: Job, previous: Path, stage: Path, questions: list[Question], number: int
+) -> list[Tree]:
+    """Search a round's questions, each rank its share; returns the trees of all, in their order.
 
-def grow_trees(job: Job, previous: Path, stage: Path, questions: list, number: int) -> list[Tree]:
-    """Search the round's questions, each rank its share; each tree is written as it ends, and questions that have one are
-    not searched again. Their log-probabilities are replaced by those of one pass with the policy that grew them."""
-    model, rank, ranks = job.load(previous), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    found = resume_trees(stage / "trees.jsonl", rank, ranks)
-    check_tokens(found, model.config.vocab_size, stage)
+    Each tree is written as it ends, and questions that have one are not searched again. Then their
+    log-probabilities are replaced by those of one pass with the policy that grew them.
+    """
+    model = job.load(previous)
+    file = stage / "trees.jsonl"
+    found = resume_trees(file, rank(), world_size())
+    check_token_ids(found, model.config.vocab_size, stage)
     done = {tree.id for tree in found}
-    once(lambda: None)  # all have read, before anybody writes
-    left = share(question for question in questions if question.id not in done)
-    prompted = job.plain if number > 1 or job.train.sft_steps else job.tokenizer  # once the policy is trained, under its prompt
-    new = search_trees(model, prompted, left, job.search, job.run.seed + number, f"{stage.name} search")
-    write_trees(stage / f"trees-{rank}.jsonl", new)
-    once(lambda: None)
-    found = {tree.id: tree for tree in resume_trees(stage / "trees.jsonl")}
-    trees = [found[question.id] for question in questions]  # in an order that does not depend on the ranks
-    describe(trees, job.tokenizer, job.losses)
-    trees = [job.plain.set_prompt(tree, question) for tree, question in zip(trees, questions)]
+    barrier()  # all have read before anybody writes
+    left = rank_share(question for question in questions if question.id not in done)
+    trained = number > 1 or job.train.sft_steps  # then it is searched under its own prompt
+    tokenizer = job.train_tokenizer if trained else job.search_tokenizer
+    label = f"{stage.name} search"
+    new = search_trees(model, tokenizer, left, job.search, job.run.seed + number, label)
+    write_trees(stage / f"trees-{rank()}.jsonl", new)
+    barrier()
+    found = {tree.id: tree for tree in resume_trees(file)}
+    trees = [found[question.id] for question in questions]  # whatever the number of ranks
+    describe(trees, job.search_tokenizer, job.losses)
+    pairs = zip(trees, questions)
+    trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in pairs]
     if OBJECTIVES[job.losses.objective].pairs:
-        add_reference(model, trees, stage / "reference.safetensors", job.train.row_tokens, job.train.pack_tokens)
+        reference = stage / "reference.safetensors"
+        add_reference(model, trees, reference, job.train.row_tokens, job.train.pack_tokens)
     return trees
 
 
+def sample_group(
+    root: Node, count: int, outcome: Callable[[Node], float]
+) -> Generator[list[Node], list[Node], None]:
+    """GRPO's group: `count` whole solutions as one tree, each backed up alone.
+
+    Steps that begin alike are one node.
+    """
+    for last in (yield [root] * count):
+        node = root
+        for step in last.path():
+            twin = next((child for child in node.children if child.tokens == step.tokens), None)
+            if twin is None:
+                node.children.append(step)
+                step.parent = node
+            node = twin or step
+        node.ending = node.ending or "deep"
+        node.reward = outcome(node)
+        backup(node, node.reward)
+
+
+def grow_groups(
+    model: Llama,
+    tokenizer: StepTokenizer,
+    questions: list[Question],
+    search: SearchConfig,
+    count: int,
+    seed: int,
+) -> list[Tree]:
+    """A tree of `count` samples at temperature 1 for each question, in their order.
+
+    The questions' ids must differ.
+    """
+    demand = Demand(count, 1.0, expansions=1, steps_per_lane=search.max_depth)
+    engine = Engine(model, tokenizer, questions, demand, search, search.search_rows, seed, fit=True)
+
+    def start(question, root):
+        return sample_group(root, count, outcome_of(question))
+
+    trees = {}
+    for question, root, _ in engine.results(start):
+        trees[question.id] = to_tree(question, root, 1, "samples")
+    return [trees[question.id] for question in questions]
+
+
+def sample_groups(job: Job, model: Llama, questions: list[Question], seed: int) -> list[Tree]:
+    """The groups of an optimizer step, sampled from the policy as it is."""
+    policy = unsharded_copy(model, job.run.dtype)
+    return grow_groups(policy, job.train_tokenizer, questions, job.search, job.train.group, seed)
+
+
+def describe(trees: list[Tree], tokenizer: StepTokenizer, losses: LossConfig):
+    """Print what a search found, and an example of what the objective compares."""
+    rewards = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
+    pairs = [pairs_of(tree, losses) for tree in trees]
+    count = len(trees)
+    solved = 100 * sum(1 in found for found in rewards) / count
+    figures = [f"{sum(map(len, rewards)) / count:.1f} finished solutions"]
+    if OBJECTIVES[losses.objective].pairs:
+        figures.append(f"{sum(map(len, pairs)) / count:.1f} pairs")
+    effective = sum(tree.simulations for tree in trees) / count
+    print(
+        f"{count} trees: {solved:.1f} % with a correct solution, {', '.join(figures)} and "
+        f"{effective:.1f} effective simulations a tree"
+    )
+    if OBJECTIVES[losses.objective].pairs and not any(pairs):
+        print(
+            "nothing qualifies as a pair: preferences and margin have nothing to learn from, and "
+            "this round trains the other terms alone"
+        )
+    tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
+    show_example(tree, found, tokenizer, OBJECTIVES[losses.objective].whole_solutions)
+
+
+def show_example(tree: Tree, pairs: list[tuple], tokenizer: StepTokenizer, whole_solutions: bool):
+    """Print the pair of largest gap in Q, or two siblings of a tree without pairs."""
+
+    def gap(pair):
+        return tree.nodes[pair[0]].q_value - tree.nodes[pair[1]].q_value
+
+    def show(label, index):
+        node = tree.nodes[index]
+        text = visible(tokenizer.tokenizer.decode(node.tokens).strip())
+        numbers = ""
+        if label != "step":
+            numbers = f"   (N {node.visit_count}, Q {node.q_value:+.2f}, V {node.value:+.2f})"
+        print(f"{label:>11}  {text}{numbers}", flush=True)
+
+    print(f"   question  {visible(tree.question)}")
+    kind = "last step" if whole_solutions else "sibling"
+    compared = list(max(pairs, key=gap)[:2]) if pairs else list(range(1, len(tree.nodes)))[:2]
+    labels = [f"+ {kind}", f"- {kind}"] if pairs else [kind] * 2
+    shared = tree.path(compared[0])[:-1] if compared and not whole_solutions else []
+    for index in shared:
+        show("step", index)
+    for label, index in zip(labels, compared):
+        for step in tree.path(index)[:-1] if whole_solutions else []:
+            show("step", step)
+        show(label, index)
+
+
+# ---------------------------------------------------------------------------------------- answers
+
+
 def evaluate(job: Job, splits: dict, source: Path, stage: Path, first: Path) -> dict:
-    """The stage's row of the table, from its eval.json where that exists; `source` holds its model. Sibling accuracy is
-    measured on validation trees that its own policy grew, and on those of the `first` stage: the same pairs for all."""
-    path = stage / "eval.json"
-    if path.exists():
-        return read_json(path)
+    """The stage's row of the table, from its eval.json if that exists; `source` holds its model.
+
+    Sibling accuracy is measured on validation trees that its own policy grew, and on those of the
+    `first` stage: the same pairs for all.
+    """
+    file = stage / "eval.json"
+    if file.exists():
+        return read_json(file)
     model = job.load(source)
-    answers = [answer_questions(model, job.plain, splits["test"], strategy, job.search, job.answering, job.run.seed)
-               for strategy in STRATEGIES]
+    seed = job.run.seed
+    answers = []
+    for strategy in TABLE:
+        tokenizer = job.train_tokenizer
+        found = answer_questions(
+            model, tokenizer, splits["test"], strategy, job.search, job.answering, seed
+        )
+        answers.append(found)
     row = {"stage": stage.name, "answers": answers}
     if splits["valid"]:
-        mine, label = share(splits["valid"]), f"{stage.name} sibling accuracy"
-        trees = gather(grow_judged(model, job.plain, mine, job.search, job.run.seed, label))
+        mine = rank_share(splits["valid"])
+        label = f"{stage.name} sibling accuracy"
+        trees = gather(grow_judged(model, job.train_tokenizer, mine, job.search, seed, label))
         warn_saturated(stage.name, trees)
+        fixed = first / "valid-trees.jsonl"
         if stage == first:
-            once(lambda: write_trees(first / "valid-trees.jsonl", trees, "w"))
+            on_rank_0(lambda: write_trees(fixed, trees, "w"))
         row["siblings"] = sibling_accuracy(trees)
-        row["siblings_fixed"] = sibling_accuracy(rescore(model, read_trees(first / "valid-trees.jsonl")))
-    once(lambda: write_json(path, row))
+        row["siblings_fixed"] = sibling_accuracy(rescore(model, read_trees(fixed)))
+    on_rank_0(lambda: write_json(file, row))
     return row
+
+
+def warn_saturated(stage: str, trees: list[Tree]):
+    """Say so if V is at its bounds."""
+    at_bounds = [abs(node.value) > 0.999 for tree in trees for node in tree.nodes[1:]]
+    if sum(at_bounds) > 0.9 * len(at_bounds):
+        print(
+            f"{stage}: V is at +-1 for {sum(at_bounds)} of {len(at_bounds)} steps, "
+            "where tanh passes no gradient; try a lower --tune-lr"
+        )
 
 
 if __name__ == "__main__":

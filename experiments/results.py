@@ -1,148 +1,436 @@
-"""Make every table and figure of RESULTS.md from experiments/results.jsonl and why.jsonl; the text around them is left as it is.
+"""Make the tables of RESULTS.md and experiments/tables.md, and the figures, from what was measured.
 
     python experiments/results.py            needs matplotlib for the figures
 
-A table stands in RESULTS.md between `<!-- NAME -->` and `<!-- end -->`. Cells are means over seeds with their standard error.
+The measurements are in experiments/results.jsonl and experiments/why.jsonl. A table stands between
+`<!-- NAME -->` and `<!-- end -->`, and the text around it is kept. experiments/tables.md gets every
+column; RESULTS.md gets at most five. A cell is the mean over seeds with its standard error.
 """
+
 import json
-import re
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ANSWERS = {  # heading -> figure of a line of results.jsonl
-    "greedy": lambda row: 100 * row["figures"]["greedy"],
-    "majority@5": lambda row: 100 * row["figures"]["majority:5"],
-    "SBS(1,5)": lambda row: 100 * row["figures"]["beam:1,5"],
-    "SBS(3,5)": lambda row: 100 * row["figures"]["beam:3,5"],
+SUMMARY = HERE.parent / "RESULTS.md"
+FULL = HERE / "tables.md"
+
+Figure = Callable[[dict], float | None]  # of one line of results.jsonl
+
+
+@dataclass
+class Table:
+    """A Markdown table. The first cell of a line names it."""
+
+    headings: list[str]
+    lines: list[list[str]]
+
+    def select(self, first: str, headings: list[str]) -> "Table":
+        """The names of the lines under the heading `first`, and the columns with these headings."""
+        places = [0, *(self.headings.index(heading) for heading in headings)]
+        return Table([first, *headings], [[line[place] for place in places] for line in self.lines])
+
+    def markdown(self) -> str:
+        rule = "|---" * len(self.headings) + "|"
+        lines = ["| " + " | ".join(line) + " |" for line in [self.headings, *self.lines]]
+        return "\n".join([lines[0], rule, *lines[1:]])
+
+
+# ---------------------------------------------------------------- columns
+
+
+def accuracy(strategy: str) -> Figure:
+    return lambda row: 100 * row["figures"][strategy]
+
+
+def cost(strategy: str, key: str, factor: float = 1) -> Figure:
+    return lambda row: factor * row["answers"][strategy][key]
+
+
+def field(name: str, factor: float = 1) -> Figure:
+    return lambda row: None if row[name] is None else factor * row[name]
+
+
+ANSWERS = {
+    "greedy": accuracy("greedy"),
+    "majority@5": accuracy("majority:5"),
+    "SBS(1,5)": accuracy("beam:1,5"),
+    "SBS(3,5)": accuracy("beam:3,5"),
 }
-SIBLINGS = {"siblings own": lambda row: row["siblings_own"], "siblings fixed": lambda row: row["siblings_fixed"]}
-TOKENS = {"unique tokens, millions": lambda row: row["searched_tokens"] / 1e6, "seconds": lambda row: row["training_seconds"]}
-SAMPLED = {"sampled tokens, millions": lambda row: row["sampled_tokens"] / 1e6, "seconds": lambda row: row["training_seconds"]}
-COLUMNS = {  # table -> its columns
-    "objectives": ANSWERS | SIBLINGS | TOKENS,
-    "ablation": ANSWERS | SIBLINGS | SAMPLED,
-    "compute": ANSWERS | SAMPLED | {"tokens an answer, greedy": lambda row: row["answers"]["greedy"]["sampled_tokens"],
-                                    "ms an answer, greedy": lambda row: 1000 * row["answers"]["greedy"]["seconds"],
-                                    "tokens, SBS(3,5)": lambda row: row["answers"]["beam:3,5"]["sampled_tokens"],
-                                    "ms, SBS(3,5)": lambda row: 1000 * row["answers"]["beam:3,5"]["seconds"]},
-    "transfer": ANSWERS | SIBLINGS | {"wholly sound": lambda row: 100 * row["sound"], "of the right, unsound": lambda row: 100 * row["right_with_wrong_steps"]},
+SIBLINGS = {"siblings own": field("siblings_own"), "siblings fixed": field("siblings_fixed")}
+UNIQUE = {"unique tokens, millions": field("searched_tokens", 1e-6)}
+SAMPLED = {"sampled tokens, millions": field("sampled_tokens", 1e-6)}
+SECONDS = {"seconds": field("training_seconds")}
+ANSWER_COST = {
+    "tokens an answer, greedy": cost("greedy", "sampled_tokens"),
+    "ms an answer, greedy": cost("greedy", "seconds", 1000),
+    "tokens, SBS(3,5)": cost("beam:3,5", "sampled_tokens"),
+    "ms, SBS(3,5)": cost("beam:3,5", "seconds", 1000),
 }
-SEARCHED = (  # of table "transfer": heading, figure, factor, digits
-    ("right answers after an unsound step, %", "right_with_wrong_steps", 100, 1), ("mean Q of steps that are sound, as all before them are", "q_of_sound", 1, 2),
-    ("mean Q of the others", "q_of_unsound", 1, 2), ("the others with Q > 0, %", "unsound_with_positive_q", 100, 1),
-    ("pairs of a sound and an unsound sibling that prefer the sound one, %", "sound_preferred", 100, 1))
-PRECISION = {"siblings own": 3, "siblings fixed": 3, "unique tokens, millions": 2, "sampled tokens, millions": 2, "seconds": 0}
-SIZES = ("28 k", "97 k", "297 k", "666 k")  # of run.py; 297 k is the tiny model of the other tables
+SOUND = {
+    "wholly sound": field("sound", 100),
+    "of the right, unsound": field("right_with_wrong_steps", 100),
+}
+COLUMNS = {  # table -> all its columns
+    "objectives": ANSWERS | SIBLINGS | UNIQUE | SECONDS,
+    "ablation": ANSWERS | SIBLINGS | SAMPLED | SECONDS,
+    "compute": ANSWERS | SAMPLED | SECONDS | ANSWER_COST,
+    "transfer": ANSWERS | SIBLINGS | SOUND,
+}
+AHEAD = {"greedy - svpo's": "greedy", "SBS(3,5) - svpo's": "beam:3,5"}  # heading -> strategy
+PAIRED = ["greedy", "greedy - svpo's", "SBS(3,5)", "SBS(3,5) - svpo's"]
+SHORT = {  # table -> heading of the first column, the other columns in RESULTS.md
+    "objectives": ("objective", PAIRED),
+    "ablation": ("change to svpo", PAIRED),
+    "scale": ("parameters", ["SFT, greedy", "SVPO, greedy", "gain", "SVPO, SBS(3,5)"]),
+    "transfer": ("objective", ["greedy", "SBS(3,5)", "siblings fixed", "wholly sound"]),
+    "compute": ("objective", ["greedy", "SBS(3,5)", "sampled tokens, millions", "seconds"]),
+}
+PRECISION = {  # heading -> digits; 1 where nothing is said
+    "siblings own": 3,
+    "siblings fixed": 3,
+    "unique tokens, millions": 2,
+    "sampled tokens, millions": 2,
+    "seconds": 0,
+}
+SEARCHED = (  # of table "transfer-trees": name of the line, key, factor, digits
+    ("right answers after an unsound step, %", "right_with_wrong_steps", 100, 1),
+    ("mean Q of steps that are sound, as all before them are", "q_of_sound", 1, 2),
+    ("mean Q of the others", "q_of_unsound", 1, 2),
+    ("the others with Q > 0, %", "unsound_with_positive_q", 100, 1),
+    (
+        "pairs of a sound and an unsound sibling that prefer the sound one, %",
+        "sound_preferred",
+        100,
+        1,
+    ),
+)
+SIZES = ("28 k", "97 k", "297 k", "666 k")  # of run.py; the other tables use 297 k
+JUDGES = {"V": "value", "implicit reward": "implicit_reward", "mean log-probability": "mean_logp"}
+
+COMMANDS = {"why": "python experiments/why.py --seed N"}  # the others: python experiments/run.py
+ANCHORS = {  # table -> its heading in experiments/tables.md
+    "objectives": "1-objectives",
+    "ablation": "2-ablation",
+    "scale": "3-scale",
+    "transfer": "4-transfer",
+    "compute": "5-compute",
+    "why": "6-why-it-works-or-fails",
+}
 NOTES = {
-    "objectives": "Unique tokens: of the trees, or groups, learned from; a step that was sampled twice counts once.",
-    "ablation": "\"Values without search\" samples whole solutions at temperature 1, all others search at 0.7. Seconds are rough: two or three processes ran at once, one thread each.", "compute": "Two processes at once, one thread each; during `grpo, 2 passes` of seed 0 for two minutes a third.",
-    "transfer": "Two processes at once, one thread each.", "scale": "297 k: from table 1.", "why": ""}
+    "objectives": "Unique tokens are those of the trees or groups that a row learns from. "
+    "A step that was sampled twice counts once.",
+    "ablation": "`values without search` samples whole solutions at temperature 1; all other rows "
+    "search at 0.7. Seconds are rough: two or three processes ran at once, with one thread each.",
+    "scale": "The row 297 k is from table 1.",
+    "transfer": "Two processes ran at once, with one thread each.",
+    "compute": "Two processes ran at once, with one thread each. "
+    "A third ran for two minutes during `grpo, 2 passes` of seed 0.",
+}
 
 
-def mean(values: list[float], digits: int) -> str:
-    values = [value for value in values if value is not None]
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{error}" if values else "-"
-
-
-def lay_out(headings: list[str], lines: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|", *("| " + " | ".join(line) + " |" for line in lines)]
-
-
-def source(rows: list[dict], command: str, name: str) -> list[str]:
-    commits, seeds = sorted({row["commit"] for row in rows}), sorted({row["seed"] for row in rows})
-    questions = f"; {rows[0]['questions']} test questions each" if "questions" in rows[0] else ""
-    seconds = " Seconds: search and training, without SFT and answering." if "seconds" in COLUMNS.get(name, {}) else ""
-    return ["", f"Seeds {', '.join(map(str, seeds))}{questions}; commit {', '.join(commits)}; `{command}`.{seconds} {NOTES[name]}".rstrip()]
-
-
-def table(rows: list[dict]) -> str:
-    """A Markdown table of one table's rows: a line for each row's name, in the order in which they were measured."""
-    name = rows[0]["table"]
-    if name == "scale":
-        return scale_table(rows)
-    base = {row["seed"]: row["figures"] for row in rows if row["row"] == "svpo"}
-    paired = {"greedy - svpo's": "greedy", "SBS(3,5) - svpo's": "beam:3,5"} if base else {}  # all rows of a seed start from the same model and trees
-    lines = [[label, *(mean([figure(row) for row in rows if row["row"] == label], PRECISION.get(heading, 1)) for heading, figure in COLUMNS[name].items()),
-              *(mean([100 * (row["figures"][key] - base[row["seed"]][key]) for row in rows if row["row"] == label and row["seed"] in base], 1) for key in paired.values())]
-             for label in dict.fromkeys(row["row"] for row in rows)]
-    searched = [row["search"] for row in rows if row["row"] == "svpo" and "search" in row]  # the trees that all rows of a seed learn from
-    more = ["", *lay_out(["in the trees", "mean over seeds"], [[heading, mean([factor * found[key] for found in searched], digits)]
-                                                              for heading, key, factor, digits in SEARCHED])] if searched else []
-    return "\n".join(lay_out(["", *COLUMNS[name], *paired], lines) + more + source(rows, f"python experiments/run.py {name}", name))
-
-
-def by_size(rows: list[dict]) -> dict[str, list[dict]]:
-    """Of each size the figures of its seeds: greedy before and after, gains of training and of SBS."""
-    found = {}
-    for size in SIZES:
-        mine = {(row["row"].rpartition(", ")[2], row["seed"]): row for row in rows if row["row"] in ((f"{size}, sft", f"{size}, svpo") if size != "297 k" else ("sft", "svpo"))
-                and row["table"] == ("scale" if size != "297 k" else "objectives")}
-        for (name, seed), after in mine.items():
-            if name == "svpo" and ("sft", seed) in mine:
-                sft, greedy, beam = mine["sft", seed], 100 * after["figures"]["greedy"], 100 * after["figures"]["beam:3,5"]
-                found.setdefault(size, []).append({"SFT, greedy": 100 * sft["figures"]["greedy"], "SVPO, greedy": greedy, "gain": greedy - 100 * sft["figures"]["greedy"],
-                                                   "SVPO, SBS(3,5)": beam, "over greedy": beam - greedy, "siblings fixed": after["siblings_fixed"]})
-    return found
-
-
-def scale_table(rows: list[dict]) -> str:
-    rows = rows + [row for row in read("results.jsonl") if row["table"] == "objectives" and row["row"] in ("sft", "svpo")]
-    found = by_size(rows)
-    headings = list(next(iter(found.values()))[0])
-    lines = [[size, *(mean([seed[heading] for seed in seeds], PRECISION.get(heading, 1)) for heading in headings)] for size, seeds in found.items()]
-    return "\n".join(lay_out(["parameters", *headings], lines) + source(rows, "python experiments/run.py scale", "scale"))
-
-
-def why_tables(rows: list[dict]) -> str:
-    """Pairs and judges by depth, agreement with roll-outs, calibration."""
-    measured = [row for row in rows if "stage" in row]
-    kinds = list(dict.fromkeys((row["stage"], row["trees"]) for row in measured))
-    lines = []
-    for stage, trees in kinds:
-        mine = [row for row in measured if (row["stage"], row["trees"]) == (stage, trees)]
-        depths = [{entry["depth"]: entry for entry in row["diagnosis"]["by_depth"]} for row in mine]
-        for depth in sorted(set.intersection(*map(set, depths))):  # those that all seeds have
-            entries = [found[depth] for found in depths]
-            judges = {judge: mean([entry[judge] for entry in entries], 3) for judge in ("value", "implicit_reward", "mean_logp")}
-            judges |= {} if trees == "the sft policy" else {"implicit_reward": "-"}  # a policy that is its own reference
-            lines.append([f"{stage}, {trees}", str(depth), mean([entry["pairs_a_tree"] for entry in entries], 2), *judges.values()])
-    first = lay_out(["model, trees of", "depth", "pairs a tree", "V", "implicit reward", "mean log-probability"], lines)
-    lines = []
-    for stage, trees in kinds:
-        mine = [row for row in measured if (row["stage"], row["trees"]) == (stage, trees) and "q" in row]
-        picks = {"Q": lambda row: row["q"], "Q, roll-outs within 0.9": lambda row: row["undecided"], "Q, depth 1": lambda row: row["by_depth"]["1"],
-                 "Q, depth 2": lambda row: row["by_depth"]["2"], "V": lambda row: row["v"]}
-        for label, pick in picks.items():
-            found = [pick(row) for row in mine if pick(row)]
-            if mine and len(found) == len(mine):  # those that all seeds have
-                lines.append([f"{stage}, {trees}", label, *(mean([part[name] for part in found], 3) for name in ("correlation", "error", "same_sign")),
-                              mean([row["diagnosis"]["calibration_error"] for row in mine], 3) if label == "V" else ""])
-    second = lay_out(["model, trees of", "against 64 roll-outs", "correlation", "mean absolute error", "same sign", "calibration error"], lines)
-    return "\n".join(first + [""] + second + source(measured, "python experiments/why.py --seed N", "why"))
+# ---------------------------------------------------------------- tables
 
 
 def read(name: str) -> list[dict]:
-    return [json.loads(line) for line in (HERE / name).read_text().splitlines()] if (HERE / name).exists() else []
+    path = HERE / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-# --------------------------------------------------------------------------------------------- figures
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
-def errorbars(axes, places, groups: list[list[float]], label: str, **style):
+
+def mean(values: list[float | None], digits: int) -> str:
+    """The mean with its standard error, as a cell of a table; None is left out."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
+
+
+def rows_of(table: str, rows: list[dict]) -> list[dict]:
+    """The lines of results.jsonl that a table is made of."""
+    if table == "scale":
+        return rows_of_scale(rows)
+    return [row for row in rows if row["table"] == table]
+
+
+def rows_of_scale(rows: list[dict]) -> list[dict]:
+    """Those of table "scale"; the size 297 k stands in table "objectives"."""
+    shared = ("sft", "svpo")
+    return [
+        row
+        for row in rows
+        if row["table"] == "scale" or (row["table"] == "objectives" and row["row"] in shared)
+    ]
+
+
+def measured_table(table: str, rows: list[dict]) -> Table:
+    """All columns of a table of run.py: a line for each row, in the order of measurement."""
+    if table == "scale":
+        return scale_table(rows)
+    rows = rows_of(table, rows)
+    columns = COLUMNS[table]
+    base = {row["seed"]: row for row in rows if row["row"] == "svpo"}
+    if base:
+        columns = columns | {name: ahead(base, strategy) for name, strategy in AHEAD.items()}
+    lines = []
+    for label in dict.fromkeys(row["row"] for row in rows):
+        seeds = [row for row in rows if row["row"] == label]
+        line = [label]
+        for heading, figure in columns.items():
+            line.append(mean([figure(row) for row in seeds], PRECISION.get(heading, 1)))
+        lines.append(line)
+    return Table(["", *columns], lines)
+
+
+def ahead(base: dict[int, dict], strategy: str) -> Figure:
+    """Points ahead of the `svpo` row of the same seed, which starts from the same SFT model."""
+
+    def points(row: dict) -> float | None:
+        if row["seed"] not in base:
+            return None
+        return 100 * (row["figures"][strategy] - base[row["seed"]]["figures"][strategy])
+
+    return points
+
+
+def trees_table(rows: list[dict]) -> Table:
+    """Soundness in the trees of table "transfer", which all rows of a seed learn from."""
+    rows = rows_of("transfer", rows)
+    found = [row["search"] for row in rows if row["row"] == "svpo" and "search" in row]
+    lines = []
+    for label, key, factor, digits in SEARCHED:
+        lines.append([label, mean([factor * seed[key] for seed in found], digits)])
+    return Table(["in the trees", "mean over seeds"], lines)
+
+
+def scale_table(rows: list[dict]) -> Table:
+    """All columns of table "scale": a line for each size."""
+    found = by_size(rows)
+    headings = list(next(iter(found.values()))[0])
+    lines = []
+    for size, seeds in found.items():
+        line = [size]
+        for heading in headings:
+            line.append(mean([seed[heading] for seed in seeds], PRECISION.get(heading, 1)))
+        lines.append(line)
+    return Table(["parameters", *headings], lines)
+
+
+def by_size(rows: list[dict]) -> dict[str, list[dict]]:
+    """The figures of each size, one dictionary for each seed."""
+    found = {}
+    for size in SIZES:
+        start = "" if size == "297 k" else f"{size}, "  # of the names of its rows
+        table = "objectives" if size == "297 k" else "scale"
+        mine = {(row["row"], row["seed"]): row for row in rows if row["table"] == table}
+        for seed in sorted(seed for name, seed in mine if name == f"{start}svpo"):
+            if (f"{start}sft", seed) in mine:
+                pair = (mine[f"{start}sft", seed], mine[f"{start}svpo", seed])
+                found.setdefault(size, []).append(gains(*pair))
+    return found
+
+
+def gains(before: dict, after: dict) -> dict[str, float]:
+    """What one round of SVPO changes for one seed, and what beam search adds to it."""
+    sft = ANSWERS["greedy"](before)
+    svpo = ANSWERS["greedy"](after)
+    beam = ANSWERS["SBS(3,5)"](after)
+    return {
+        "SFT, greedy": sft,
+        "SVPO, greedy": svpo,
+        "gain": svpo - sft,
+        "SVPO, SBS(3,5)": beam,
+        "over greedy": beam - svpo,
+        "siblings fixed": after["siblings_fixed"],
+    }
+
+
+# ---------------------------------------------------------------- tables of why.jsonl
+
+
+def by_trees(why: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The lines of each stage and kind of trees, one for each seed."""
+    found = {}
+    for row in why:
+        if "stage" in row:
+            found.setdefault((row["stage"], row["trees"]), []).append(row)
+    return found
+
+
+def by_depth(rows: list[dict]) -> dict[int, list[dict]]:
+    """The diagnosis at each depth that all seeds reach."""
+    found = {}
+    for row in rows:
+        for entry in row["diagnosis"]["by_depth"]:
+            found.setdefault(entry["depth"], []).append(entry)
+    return {depth: found[depth] for depth in sorted(found) if len(found[depth]) == len(rows)}
+
+
+def judge_cells(trees: str, entries: list[dict]) -> list[str]:
+    """How often each judge ranks the better step higher. On trees of its own policy a model is
+    its own reference, so there is no implicit reward."""
+    cells = {name: mean([entry[key] for entry in entries], 3) for name, key in JUDGES.items()}
+    if trees != "the sft policy":
+        cells["implicit reward"] = "-"
+    return list(cells.values())
+
+
+def judges_table(why: list[dict]) -> Table:
+    """Pairs and judges, by depth."""
+    lines = []
+    for (stage, trees), rows in by_trees(why).items():
+        for depth, entries in by_depth(rows).items():
+            pairs = mean([entry["pairs_a_tree"] for entry in entries], 2)
+            lines.append([f"{stage}, {trees}", str(depth), pairs, *judge_cells(trees, entries)])
+    return Table(["model, trees of", "depth", "pairs a tree", *JUDGES], lines)
+
+
+def agreements(row: dict) -> dict[str, dict | None]:
+    """What was compared with 64 roll-outs."""
+    return {
+        "Q": row["q"],
+        "Q, roll-outs within 0.9": row["undecided"],
+        "Q, depth 1": row["by_depth"]["1"],
+        "Q, depth 2": row["by_depth"]["2"],
+        "V": row["v"],
+    }
+
+
+def roll_outs_table(why: list[dict]) -> Table:
+    """Agreement with roll-outs, and calibration, wherever all seeds have it."""
+    lines = []
+    for (stage, trees), rows in by_trees(why).items():
+        compared = [agreements(row) for row in rows if "q" in row]
+        calibration = [row["diagnosis"]["calibration_error"] for row in rows]
+        for label in compared[0] if compared else ():
+            found = [seed[label] for seed in compared]
+            if not all(found):
+                continue
+            line = [f"{stage}, {trees}", label]
+            for name in ("correlation", "error", "same_sign"):
+                line.append(mean([seed[name] for seed in found], 3))
+            lines.append([*line, mean(calibration, 3) if label == "V" else ""])
+    names = ["correlation", "mean absolute error", "same sign", "calibration error"]
+    return Table(["model, trees of", "against 64 roll-outs", *names], lines)
+
+
+def why_summary(why: list[dict]) -> Table:
+    """Judges on pairs of the SFT policy, and Q against roll-outs on trees of the own policy."""
+    found = by_trees(why)
+    lines = []
+    for stage in dict.fromkeys(stage for stage, _ in found):
+        own = found[stage, "its own policy"]
+        trees = "its own policy" if stage == "sft" else "the sft policy"
+        entries = by_depth(found[stage, trees])
+        for depth in (1, 2):
+            correlations = [row["by_depth"][str(depth)]["correlation"] for row in own]
+            label = f"{stage}, depth {depth}"
+            lines.append([label, *judge_cells(trees, entries[depth]), mean(correlations, 3)])
+    return Table(["model, depth", *JUDGES, "Q and roll-outs"], lines)
+
+
+# ---------------------------------------------------------------- blocks of Markdown
+
+
+def listed(words: list) -> str:
+    """1, 2 and 3."""
+    words = [str(word) for word in words]
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
+
+
+def source(table: str, rows: list[dict]) -> str:
+    """The seeds, questions, commits and command of a table."""
+    parts = ["Seeds " + listed(sorted({row["seed"] for row in rows}))]
+    if "questions" in rows[0]:
+        parts.append(f"{rows[0]['questions']} test questions")
+    commits = sorted({row["commit"] for row in rows})
+    parts.append(("commits " if commits[1:] else "commit ") + listed(commits))
+    parts.append(f"`{COMMANDS.get(table, f'python experiments/run.py {table}')}`")
+    return "; ".join(parts)
+
+
+def notes(table: str, seconds: bool) -> str:
+    """Sentences on how a table was measured."""
+    covered = "Seconds cover search and training, not SFT and answering." if seconds else ""
+    return " ".join(filter(None, [covered, NOTES.get(table, "")]))
+
+
+def full_blocks(rows: list[dict], why: list[dict]) -> dict[str, str]:
+    """The tables of experiments/tables.md, by the names of their marks."""
+    blocks = {}
+    for table in SHORT:
+        more = notes(table, "seconds" in COLUMNS.get(table, ()))
+        text = f"{source(table, rows_of(table, rows))}. {more}"
+        blocks[table] = measured_table(table, rows).markdown() + "\n\n" + text
+    blocks["transfer-trees"] = trees_table(rows).markdown()
+    end = "\n\n" + source("why", [row for row in why if "stage" in row]) + "."
+    blocks["why-judges"] = judges_table(why).markdown() + end
+    blocks["why-roll-outs"] = roll_outs_table(why).markdown() + end
+    return blocks
+
+
+def short_blocks(rows: list[dict], why: list[dict]) -> dict[str, str]:
+    """The tables of RESULTS.md, by the names of their marks."""
+    blocks = {}
+    for table, (first, headings) in SHORT.items():
+        content = measured_table(table, rows).select(first, headings).markdown()
+        text = f"{source(table, rows_of(table, rows))}; {link(table)}."
+        if "seconds" in headings:
+            text += " " + notes(table, True)
+        blocks[table] = content + "\n\n" + text
+    text = f"{source('why', [row for row in why if 'stage' in row])}; {link('why')}."
+    blocks["why"] = why_summary(why).markdown() + "\n\n" + text
+    return blocks
+
+
+def link(table: str) -> str:
+    return f"[full table](experiments/tables.md#{ANCHORS[table]})"
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with the content between the marks of that name."""
+    begin = f"<!-- {name} -->\n"
+    if text.count(begin) != 1:
+        raise ValueError(f"the text has {text.count(begin)} marks <!-- {name} -->, not 1")
+    before, after = text.split(begin)
+    end = after.index("<!-- end -->")
+    return before + begin + content + "\n" + after[end:]
+
+
+def write(path: Path, blocks: dict[str, str]):
+    text = path.read_text()
+    for name, content in blocks.items():
+        text = fill(text, name, content)
+    path.write_text(text)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def errorbars(axes, places: list[float], groups: list[list[float]], label: str, **style):
     """Means with standard errors."""
-    axes.errorbar(places, [statistics.fmean(values) for values in groups],
-                  [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0 for values in groups], capsize=2, label=label, **style)
+    means = [statistics.fmean(values) for values in groups]
+    errors = [standard_error(values) for values in groups]
+    axes.errorbar(places, means, errors, capsize=2, label=label, **style)
 
 
 def draw_rows(pyplot, rows: list[dict]):
-    """Accuracy of each row, a marker a way of answering."""
+    """Accuracy of each row, one marker for each way of answering."""
     names = list(dict.fromkeys(row["row"] for row in rows))
     chart, axes = pyplot.subplots(figsize=(8, 4.5))
     for place, (heading, figure) in enumerate(ANSWERS.items()):
-        errorbars(axes, [index + 0.12 * (place - 1.5) for index in range(len(names))], [[figure(row) for row in rows if row["row"] == name] for name in names], heading, fmt="o")
+        places = [index + 0.12 * (place - 1.5) for index in range(len(names))]
+        groups = [[figure(row) for row in rows if row["row"] == name] for name in names]
+        errorbars(axes, places, groups, heading, fmt="o")
     axes.set_xticks(range(len(names)), names, rotation=20)
-    axes.set(ylabel="accuracy in %", title=f"{rows[0]['questions']} test questions, mean and standard error over seeds")
+    title = f"{rows[0]['questions']} test questions, mean and standard error over seeds"
+    axes.set(ylabel="accuracy in %", title=title)
     axes.legend()
     return chart
 
@@ -150,66 +438,102 @@ def draw_rows(pyplot, rows: list[dict]):
 def draw_scale(pyplot, rows: list[dict]):
     """Accuracy and gains against size."""
     from run import count_parameters  # here, because it loads torch
+
     found = by_size(rows)
-    chart, pair = pyplot.subplots(1, 2, figsize=(9, 4))
-    for axes, headings in zip(pair, (("SFT, greedy", "SVPO, greedy", "SVPO, SBS(3,5)"), ("gain", "over greedy"))):
-        for heading in headings:
-            errorbars(axes, [count_parameters(size) for size in found], [[seed[heading] for seed in seeds] for seeds in found.values()],
-                      {"gain": "SVPO over SFT, both greedy", "over greedy": "SBS(3,5) over greedy, both SVPO"}.get(heading, heading), marker="o")
-        axes.set(xscale="log", xlabel="parameters, log scale", ylabel="accuracy in %" if "gain" not in headings else "points")
-        axes.set_xticks([count_parameters(size) for size in found], list(found))
+    sizes = [count_parameters(size) for size in found]
+    chart, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4))
+    for heading in ("SFT, greedy", "SVPO, greedy", "SVPO, SBS(3,5)"):
+        groups = [[seed[heading] for seed in seeds] for seeds in found.values()]
+        errorbars(left, sizes, groups, heading, marker="o")
+    left.set(ylabel="accuracy in %")
+    differences = {
+        "gain": "SVPO over SFT, both greedy",
+        "over greedy": "SBS(3,5) over greedy, both SVPO",
+    }
+    for heading, label in differences.items():
+        groups = [[seed[heading] for seed in seeds] for seeds in found.values()]
+        errorbars(right, sizes, groups, label, marker="o")
+    right.set(ylabel="points")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="parameters, log scale")
+        axes.set_xticks(sizes, list(found))
         axes.minorticks_off()
         axes.legend()
-    pair[1].axhline(0, color="grey", linewidth=0.8)
+    right.axhline(0, color="grey", linewidth=0.8)
     return chart
 
 
-def draw_why(pyplot, rows: list[dict]):
-    """Q against roll-outs, calibration of V, and the preference loss of runs that fare differently."""
-    measured, logs = [row for row in rows if "stage" in row], [row for row in rows if "curves" in row and row["seed"] == 0]
+def draw_why(pyplot, why: list[dict]):
+    """Q, V and the preference loss of runs that end well or badly, all of seed 0."""
+    first = [row for row in why if row["seed"] == 0]
     chart, ((left, right), (low, high)) = pyplot.subplots(2, 2, figsize=(10, 8))
-    for stage, trees, marker in (("sft", "its own policy", "o"), ("sft", "training", "x")):
-        nodes = [node for row in measured if (row["stage"], row["trees"], row["seed"]) == (stage, trees, 0) for node in row["nodes"]]
-        left.plot([node["monte_carlo"] for node in nodes], [node["q"] for node in nodes], marker, alpha=0.5, label={"training": "V in the search", "its own policy": "outcomes only"}[trees])
-    left.set(xlabel="mean outcome of 64 roll-outs", ylabel="Q of the search", title="SFT model, 200 nodes")
-    left.legend()
-    for stage, trees in dict.fromkeys((row["stage"], row["trees"]) for row in measured if row["trees"] == "its own policy"):
-        cells = [entry for row in measured if (row["stage"], row["trees"], row["seed"]) == (stage, trees, 0) for entry in row["diagnosis"]["calibration"]]
-        right.plot([cell["predicted"] for cell in cells], [cell["found"] for cell in cells], marker="o", label=stage)
-    right.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    right.set(xlabel="(V + 1) / 2", ylabel="share of correct ends", title="calibration of V")
-    right.legend()
+    draw_agreement(left, by_trees(first))
+    draw_calibration(right, by_trees(first))
+    draw_losses(low, high, [row for row in first if "curves" in row])
+    return chart
+
+
+def draw_agreement(axes, found: dict[tuple[str, str], list[dict]]):
+    """Q against roll-outs."""
+    kinds = (("its own policy", "o", "outcomes only"), ("training", "x", "V in the search"))
+    for trees, marker, label in kinds:
+        nodes = [node for row in found.get(("sft", trees), []) for node in row["nodes"]]
+        places = [node["monte_carlo"] for node in nodes]
+        axes.plot(places, [node["q"] for node in nodes], marker, alpha=0.5, label=label)
+    axes.set(xlabel="mean outcome of 64 roll-outs", ylabel="Q of the search")
+    axes.set(title="SFT model, 200 nodes")
+    axes.legend()
+
+
+def draw_calibration(axes, found: dict[tuple[str, str], list[dict]]):
+    """Predicted against found shares of correct ends, on trees of each model's own policy."""
+    for (stage, trees), rows in found.items():
+        if trees != "its own policy":
+            continue
+        cells = [cell for row in rows for cell in row["diagnosis"]["calibration"]]
+        places = [cell["predicted"] for cell in cells]
+        axes.plot(places, [cell["found"] for cell in cells], marker="o", label=stage)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    axes.set(xlabel="(V + 1) / 2", ylabel="share of correct ends", title="calibration of V")
+    axes.legend()
+
+
+def draw_losses(low, high, logs: list[dict]):
+    """Implicit rewards of winners and losers, and the preference loss, step by step."""
     for row in logs:
         low.plot(row["step"], row["win_reward"], label=f"{row['curves']}, winners")
-        low.plot(row["step"], row["lose_reward"], linestyle="--", color=low.lines[-1].get_color(), label=f"{row['curves']}, losers")
+        color = low.lines[-1].get_color()
+        label = f"{row['curves']}, losers"
+        low.plot(row["step"], row["lose_reward"], linestyle="--", color=color, label=label)
         high.plot(row["step"], row["policy"], label=row["curves"])
     low.set(xlabel="step", ylabel="beta (log pi - log ref) of a step", title="implicit reward")
     high.set(xlabel="step", ylabel="-log sigmoid", title="preference loss")
     low.legend(fontsize=8, loc=(0.42, 0.25))
     high.legend()
-    return chart
+
+
+def draw(rows: list[dict], why: list[dict]):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    charts = {
+        "objectives": draw_rows(pyplot, rows_of("objectives", rows)),
+        "scale": draw_scale(pyplot, rows),
+        "why": draw_why(pyplot, why),
+    }
+    for name, chart in charts.items():
+        chart.tight_layout()
+        chart.savefig(HERE / f"{name}.png", dpi=110)
 
 
 def main():
-    rows, why, path = read("results.jsonl"), read("why.jsonl"), HERE.parent / "RESULTS.md"
-    tables = {name: table([row for row in rows if row["table"] == name]) for name in dict.fromkeys(row["table"] for row in rows)}
-    tables |= {"why": why_tables(why)} if why else {}
-    text = path.read_text()
-    for name, content in tables.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if pattern.search(text):
-            text = pattern.sub(lambda match: match[1] + content + "\n" + match[2], text)
-        else:
-            print(f"RESULTS.md has no place for table {name}")
-    path.write_text(text)
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    charts = {"objectives": lambda: draw_rows(pyplot, [row for row in rows if row["table"] == "objectives"]), "scale": lambda: draw_scale(pyplot, rows), "why": lambda: draw_why(pyplot, why)}
-    for name in charts.keys() & tables.keys():
-        chart = charts[name]()
-        chart.tight_layout()
-        chart.savefig(HERE / f"{name}.png", dpi=110)
+    rows = read("results.jsonl")
+    why = read("why.jsonl")
+    write(SUMMARY, short_blocks(rows, why))
+    write(FULL, full_blocks(rows, why))
+    draw(rows, why)
 
 
 if __name__ == "__main__":

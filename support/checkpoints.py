@@ -1,8 +1,11 @@
-"""Checkpoints within a stage, its lines in log.jsonl, and requests to stop: what lets a run be killed at any moment and go on.
+"""Checkpoints within a stage, its lines in log.jsonl, and requests to stop.
 
-A checkpoint is a folder checkpoint-STEP in torch.distributed.checkpoint's format, of any number of ranks. It is written aside, synced and
-renamed, so a kill leaves it whole or not there (a bit that a disk loses later is not noticed). Nothing in it is unpickled but the names that such a checkpoint needs.
+These let a run be killed at any moment and resumed. A checkpoint is a folder checkpoint-STEP in the
+format of torch.distributed.checkpoint, written by any number of ranks. It is written under another
+name, synced and renamed, so that a kill leaves a whole checkpoint or none. Nothing in it is
+unpickled except the names that such a checkpoint needs.
 """
+
 import enum
 import json
 import os
@@ -17,40 +20,62 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from model import Llama, save_model
-from support.files import publish, settle
+from support.files import publish, sync
 from support.flags import InputError
-from support.ranks import once
+from support.ranks import on_rank_0, rank
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
+PARTIAL = "checkpoint.partial"  # a checkpoint that is being written
 METADATA = "torch.distributed.checkpoint.metadata"
-NAMES = {(METADATA, name) for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata",
-                                       "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"), ("torch", "Size"),
-    ("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath"), ("collections", "OrderedDict"),
-    *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", "uint8"))}
+METADATA_NAMES = (
+    "Metadata",
+    "TensorStorageMetadata",
+    "TensorProperties",
+    "ChunkStorageMetadata",
+    "BytesStorageMetadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", "uint8")
+ALLOWED = {  # (module, name) of everything that a checkpoint may name
+    *((METADATA, name) for name in METADATA_NAMES),
+    *(("torch", name) for name in ("Size", *DTYPES)),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
 
 
-def member(kind: type, name: str):
-    """What some versions of Python pickle as getattr: a member of an enumeration, and nothing else that an attribute may be."""
+# ------------------------------------------------------------------------ reading without surprises
+
+
+def enumeration_member(kind: type, name: str):
+    """A member of an enumeration. Some versions of Python pickle one as a call of getattr."""
     if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
         return kind[name]
     raise InputError(f"it reads attribute {name!r}, which no checkpoint needs")
 
 
 class PlainUnpickler(pickle.Unpickler):
+    """An unpickler that knows the names in ALLOWED and no others."""
+
     def find_class(self, module: str, name: str):
         if (module, name) == ("builtins", "getattr"):
-            return member
-        if (module, name) not in NAMES:
+            return enumeration_member
+        if (module, name) not in ALLOWED:
             raise InputError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
 class PlainReader(dcp.FileSystemReader):
-    """The library's reader unpickles whatever stands in .metadata."""
+    """The library's reader, which unpickles anything in .metadata, with PlainUnpickler instead."""
+
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = PlainUnpickler(file).load()
@@ -59,117 +84,144 @@ class PlainReader(dcp.FileSystemReader):
 
 
 class PlainPlanner(dcp.DefaultLoadPlanner):
-    """The library's planner unpickles whatever is not a tensor; here that may be numbers and plain containers."""
+    """The library's planner, which unpickles whatever is not a tensor; here only plain values."""
+
     def load_bytes(self, read_item, value):
         value.seek(0)
+        name = read_item.dest_index.fqn
         try:
             found = torch.load(value, weights_only=True)
         except pickle.UnpicklingError:
-            raise InputError(f"{read_item.dest_index.fqn} is neither a number nor a plain container")
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], found)
+            raise InputError(f"{name} is neither a number nor a plain container")
+        set_element(self.original_state_dict, self.mappings[name], found)
+
+
+# ------------------------------------------------------------------------------- saving and loading
 
 
 def transfer(action, state: dict, folder: Path, remedy: str, **more):
-    """Save or load; what goes wrong on any rank is one line that names the folder."""
+    """Call dcp.save or dcp.load; an error on any rank becomes one line that names the folder."""
     try:
         action(state, no_dist=not dist.is_initialized(), **more)
     except CheckpointException as error:
-        cause = inner = next(iter(error.failures.values()))[0]
-        if action is dcp.save and not int(os.environ.get("RANK", 0)):
-            shutil.rmtree(folder, ignore_errors=True)  # what was written takes room that the next start needs
+        cause = next(iter(error.failures.values()))[0]
+        if action is dcp.save and rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # it takes room that the next start needs
         if isinstance(cause, (KeyboardInterrupt, torch.OutOfMemoryError)):
             raise cause
-        while inner and not isinstance(inner, OSError):  # what the disk said hides behind what the archive writer said
-            inner = inner.__context__
-        cause = inner or cause
-        raise InputError(f"{folder}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}; {remedy}")
+        disk = cause
+        while disk and not isinstance(disk, OSError):  # hidden behind the archive writer's error
+            disk = disk.__context__
+        cause = disk or cause
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise InputError(f"{folder}: {reason}; {remedy}")
 
 
 def save_checkpoint(stage: Path, model, optimizer, step: int, keep: int):
-    """Weights and optimizer state after `step` steps, each rank its shards; the last `keep` checkpoints stay."""
-    path, aside = stage / f"checkpoint-{step}", stage / "checkpoint.partial"
+    """Save weights and optimizer state after `step` steps, each rank its shards.
 
-    def forget_old():
+    The last `keep` checkpoints stay, older ones are removed.
+    """
+    partial = stage / PARTIAL
+
+    def remove_old():
         for old in find_checkpoints(stage)[:-keep]:
             shutil.rmtree(stage / f"checkpoint-{old}")
-    once(lambda: (shutil.rmtree(aside, ignore_errors=True), forget_old()))
-    transfer(dcp.save, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), aside,
-             "the checkpoint before it is whole; make room and start again", checkpoint_id=aside)  # its files are synced
+
+    def make_room():
+        shutil.rmtree(partial, ignore_errors=True)
+        remove_old()
 
     def reveal():
-        settle(aside)
-        os.replace(aside, path)
-        settle(stage)
-        forget_old()
-    once(reveal)
+        sync(partial)
+        os.replace(partial, stage / f"checkpoint-{step}")
+        sync(stage)
+        remove_old()
+
+    on_rank_0(make_room)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    remedy = "the checkpoint before it is whole; make room and start again"
+    transfer(dcp.save, state, partial, remedy, checkpoint_id=partial)  # the library syncs its files
+    on_rank_0(reveal)
 
 
 def find_checkpoints(stage: Path) -> list[int]:
-    """Steps after which there is a checkpoint."""
-    return sorted(int(path.name[11:]) for path in stage.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir())
+    """The steps after which there is a checkpoint, in order."""
+    numbers = [folder.name[11:] for folder in stage.glob("checkpoint-*") if folder.is_dir()]
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def load_checkpoint(stage: Path, model, optimizer) -> int:
-    """Load the last checkpoint, which may be of another number of ranks; the steps it has seen, 0 without one."""
+    """Load the last checkpoint, which may be of another number of ranks.
+
+    Returns the number of steps that it has seen, 0 if there is no checkpoint.
+    """
     step = max(find_checkpoints(stage), default=0)
-    if step:
-        folder = stage / f"checkpoint-{step}"
-        remedy = "remove it, and training goes on from the one before, or from the stage's start"
-        reader = PlainReader(folder)
-        try:
-            reader.read_metadata()  # here, because the library prints a traceback and looks for other files
-        except Exception as error:  # a damaged pickle may raise anything
-            raise InputError(f"{folder}: its .metadata is damaged ({type(error).__name__}: {error}); {remedy}")
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-        transfer(dcp.load, state, folder, remedy, storage_reader=reader, planner=PlainPlanner())
-        try:
-            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{folder}: it does not fit this model and optimizer ({type(error).__name__}); {remedy}")
+    if not step:
+        return 0
+    folder = stage / f"checkpoint-{step}"
+    remedy = "remove it to resume from the checkpoint before it, or from the stage's start"
+    reader = PlainReader(folder)
+    try:
+        reader.read_metadata()  # here, because the library prints a traceback and tries other files
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder}: its .metadata is damaged ({reason}); {remedy}")
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    transfer(dcp.load, state, folder, remedy, storage_reader=reader, planner=PlainPlanner())
+    try:
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        kind = type(error).__name__
+        raise InputError(f"{folder}: it does not fit this model and optimizer ({kind}); {remedy}")
     return step
 
 
-def write_model(model: Llama, previous: Path, stage: Path):
-    """The trained model, whole, with the other files of the folder that it comes from."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def save():
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
-            if (previous / name).exists():
-                publish(stage / name, lambda aside, name=name: shutil.copyfile(previous / name, aside))
-        save_model(model, stage, state)  # config.json comes last, so a folder that has it is complete
-    once(save)
-
-
 def forget(stage: Path, step: int):
-    """Drop what an interrupted write left, and the stage's lines from log.jsonl from `step` on: they are written again."""
-    shutil.rmtree(stage / "checkpoint.partial", ignore_errors=True)
-    path = stage.parent / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Remove what an interrupted write left, and the stage's lines of log.jsonl from `step` on.
+
+    Those steps are taken again.
+    """
+    shutil.rmtree(stage / PARTIAL, ignore_errors=True)
+    log = stage.parent / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    text = "".join(line for line, row in rows if row["stage"] != stage.name or row["step"] < step)
-    publish(path, lambda aside: aside.write_text(text))
+    kept = [line for line, row in rows if row["stage"] != stage.name or row["step"] < step]
+    publish(log, lambda partial: partial.write_text("".join(kept)))
+
+
+# --------------------------------------------------------------------------------- requests to stop
 
 
 class Stop:
-    """Within `with Stop() as stop`, SIGINT and SIGTERM only ask: `stop.asked()` says so, on all ranks at the same step."""
+    """Within `with Stop() as stop`, SIGINT and SIGTERM are requests that `stop.asked()` reports."""
+
     def __enter__(self):
-        self.number = 0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.signal = 0
+        self.handlers = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def ask(self, number, frame):
-        self.number = number
+        self.signal = number
 
     def asked(self) -> int:
-        """The signal's number where any rank has got one, else 0."""
-        number = torch.tensor(self.number)
+        """The number of a signal that any rank has received, else 0; the same on all ranks."""
+        number = torch.tensor(self.signal)
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
     def __exit__(self, kind, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.number and kind is None:  # it came after the last step
-            raise KeyboardInterrupt(self.number)
+        if self.signal and kind is None:  # it came after the last step
+            raise KeyboardInterrupt(self.signal)

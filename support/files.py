@@ -1,102 +1,123 @@
-"""Files that appear whole or not at all, one writer at a time, and the configuration that is kept beside what a command writes."""
+"""Files that appear whole or not at all, locks, and the configuration kept beside the results."""
+
 import dataclasses
 import fcntl
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from safetensors import SafetensorError
 
-from support.flags import InputError
+from support.flags import InputError, flag_name
+from support.ranks import rank
+
+LOCKS = {}  # file -> handle of each lock that this process holds
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; InputError where there is none."""
+def read_json(file: Path) -> dict:
+    """The JSON object in a file; InputError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{file}: no such file")
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})")
+        raise InputError(f"{file}: not valid JSON ({error})")
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is wanted, not {type(value).__name__}")
+        raise InputError(f"{file}: a JSON object is wanted, not {type(value).__name__}")
     return value
 
 
-def settle(path: Path):
-    """Have the disk hold a file, or a folder's entries, before anything relies on it."""
-    handle = os.open(path, os.O_RDONLY)
+def sync(file: Path):
+    """Wait until the disk holds a file, or the entries of a folder."""
+    handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def publish(path: Path, write: Callable[[Path], None]):
-    """Have a file written aside, synced and renamed: it appears whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
+def publish(file: Path, write: Callable[[Path], None]):
+    """Let `write` fill another file, sync it and rename it: `file` appears whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
     try:
-        write(aside)
-        settle(aside)
+        write(partial)
+        sync(partial)
     except (SafetensorError, OSError) as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
-    os.replace(aside, path)
-    settle(path.parent)
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file}: cannot be written ({reason})")
+    os.replace(partial, file)
+    sync(file.parent)
 
 
-def append(path: Path, text: str):
+def write_json(file: Path, value: dict):
+    """Write a JSON file that appears whole or not at all."""
+    text = json.dumps(value, indent=1) + "\n"
+    publish(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def append(file: Path, text: str):
     """Add a line to a file."""
     try:
-        with open(path, "ab", buffering=0) as file:
-            line = memoryview(text.encode())
-            while line:
-                line = line[file.write(line):]
+        with open(file, "ab", buffering=0) as out:
+            left = memoryview(text.encode())
+            while left:
+                left = left[out.write(left) :]
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); what stands there is whole, and the same command goes on from it")
+        raise InputError(
+            f"{file}: cannot be written ({error.strerror}); the lines before this one are whole, "
+            "run the same command again to resume"
+        )
 
 
-HELD = {}  # lock files of this process
+def hold(file: Path):
+    """Lock a file for as long as this process lives, so that no other process writes beside it.
 
-
-def hold(path: Path):
-    """Keep other processes away from what this one writes, for as long as it lives; only rank 0 asks."""
-    if int(os.environ.get("RANK", 0)) or path.resolve() in HELD:
+    Only rank 0 does. InputError names the process that holds the lock.
+    """
+    if rank() or file.resolve() in LOCKS:
         return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise InputError(f"{path.parent}: process {os.read(handle, 20).decode(errors='replace') or '?'} is still writing here; end it first")
-    HELD[path.resolve()] = handle
+        owner = os.read(handle, 20).decode(errors="replace") or "?"
+        raise InputError(f"{file.parent}: process {owner} is still writing here; end it first")
+    LOCKS[file.resolve()] = handle
     os.truncate(handle, 0)
     os.write(handle, str(os.getpid()).encode())
 
 
 def head_commit() -> str:
-    """The commit of this code; nothing where git or its folder is missing."""
-    command = ["git" if shutil.which("git") else "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of this code; empty if git or its folder is missing."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def write_json(path: Path, value: dict):
-    """Write a JSON file that appears whole or not at all."""
-    publish(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+def keep_config(file: Path, stages: tuple, free: tuple, write: bool = True, **more):
+    """Store the fields of the dataclasses in `stages`, or compare them with the stored ones.
 
-
-def keep_config(path: Path, stages: tuple, free: tuple, write: bool = True, **more):
-    """Store the stages' configuration, or check that it equals the stored one but for the `free` fields."""
+    Fields in `free` may differ. InputError names the fields that differ and must not; `more` holds
+    further entries, of which `questions` must not change either.
+    """
     config = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
-    if not path.exists() and write:
-        write_json(path, {**config, **more})
-    stored = read_json(path) if path.exists() else config
-    different = [f"--{name.replace('_', '-')} {stored.get(part, {}).get(name)!r} -> {value!r}"
-                 for part, fields in config.items() for name, value in fields.items()
-                 if name not in free and stored.get(part, {}).get(name) != value]
+    if not file.exists() and write:
+        write_json(file, {**config, **more})
+    stored = read_json(file) if file.exists() else config
+    different = []
+    for part, fields in config.items():
+        for name, value in fields.items():
+            before = stored.get(part, {}).get(name)
+            if name not in free and before != value:
+                different.append(f"{flag_name(name)} {before!r} -> {value!r}")
     if different:
-        raise InputError(f"{path} is of another configuration: {', '.join(different)}; choose another --out")
+        raise InputError(
+            f"{file} is of another configuration: {', '.join(different)}; choose another --out"
+        )
     if stored.get("questions", more.get("questions")) != more.get("questions"):
-        raise InputError(f"{path} is of other questions than there are now; choose another --out")
+        raise InputError(f"{file} is of other questions than there are now; choose another --out")

@@ -1,87 +1,173 @@
-"""The command line: dataclass fields as flags, and how a command ends. Nothing of the method is here."""
+"""The command line: dataclass fields become flags, and bad input ends a command with one line."""
+
 import argparse
 import dataclasses
 import signal
 import sys
 import unicodedata
-from dataclasses import field
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
+USAGE = (
+    "%(prog)s [--flag value ...]; N is a whole number, X a number, S text; "
+    "flags without a value are switches, turned off with --no-"
+)
+METAVARS = {int: "N", float: "X"}
+
 
 class InputError(ValueError):
-    """Bad input from the user: the commands print it as one line and end with status 2."""
+    """Bad input from the user. The commands print it as one line and end with status 2."""
 
 
-def visible(text: str) -> str:
-    """A text for the terminal: what would steer it, control characters and marks of direction, is shown as its number."""
-    return "".join(letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs") else f"\\x{ord(letter):02x}" for letter in text)
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults that replace those of the dataclass fields if `applies(flags)` is true."""
+
+    name: str
+    defaults: dict[str, object]
+    applies: Callable[[dict], bool]
 
 
-USAGE = "%(prog)s [--flag value ...]; N is a whole number, X a number, S text; those without a value are on, or off with --no-"
+def flag(default, help: str, least=None, choices=None, many=False):
+    """A dataclass field that becomes a command-line flag.
+
+    `least` is the smallest value accepted and `choices` are the only ones. With `many`, several
+    words are joined by spaces.
+    """
+    metadata = {"help": help, "least": least, "choices": choices, "many": many}
+    return field(default=default, metadata=metadata)
 
 
-def flag(default, help: str, built_in=None, least=None, choices=None, many=False):
-    """A dataclass field that becomes a command-line flag. `built_in` is its default for the built-in task, `least` the
-    smallest value accepted, `choices` the only ones; with `many` several words are joined by spaces."""
-    return field(default=default, metadata={"help": help, "built_in": default if built_in is None else built_in, "least": least,
-                                            "choices": choices, "many": many})
+def flag_name(field_name: str) -> str:
+    """The flag of a field: --max-depth for max_depth."""
+    return "--" + field_name.replace("_", "-")
 
 
-def parse_args(description: str, stages: tuple, argv: list[str], required: tuple = ()) -> tuple:
-    """One flag for each field of each stage's dataclass; returns one instance a stage, or raises InputError."""
+def parse_args(
+    description: str,
+    stages: tuple,
+    argv: list[str],
+    required: tuple = (),
+    recipe: Recipe | None = None,
+) -> tuple:
+    """Parse one flag for each field of each dataclass in `stages`.
+
+    Returns one instance of each dataclass, in their order. Raises InputError if a flag is unknown,
+    a required one is missing, or a value is not acceptable.
+    """
+    fields = {item.name: item for stage in stages for item in dataclasses.fields(stage)}
+    given = vars(make_parser(description, stages, required, recipe).parse_args(argv))
+    for name, item in fields.items():
+        if item.metadata["many"] and name in given:
+            given[name] = " ".join(given[name])
+    values = {name: item.default for name, item in fields.items()} | given
+    if recipe and recipe.applies(values):
+        known = {name: value for name, value in recipe.defaults.items() if name in fields}
+        values |= known | given
+    check_values(fields, values)
+    return tuple(
+        stage(**{item.name: values[item.name] for item in dataclasses.fields(stage)})
+        for stage in stages
+    )
+
+
+def make_parser(description: str, stages: tuple, required: tuple, recipe: Recipe | None):
+    """An argparse parser with one group of flags for each dataclass; it raises InputError."""
+
     def fail(message):
         raise InputError(message)
-    parser = argparse.ArgumentParser(usage=USAGE, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=120))
+
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100)
+    parser = argparse.ArgumentParser(
+        usage=USAGE,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=layout,
+    )
     parser.error = fail
-    fields = {item.name: item for stage in stages for item in dataclasses.fields(stage)}
     for stage in stages:
         group = parser.add_argument_group(stage.__name__, stage.__doc__)
         for item in dataclasses.fields(stage):
-            default, there = item.default, item.metadata["built_in"]
-            shown = " ".join(default) if item.type is tuple else default
-            text = item.metadata["help"] + (f" ({shown}" if shown != "" else "")
-            text += (f"; built-in task: {there})" if there != default else ")") if shown != "" else ""
-            text += " (required)" if item.name in required else ""
-            kind = {"type": item.type, "choices": item.metadata["choices"], "metavar": None if item.metadata["choices"] else {int: "N", float: "X"}.get(item.type, "S")}
-            kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else kind
-            kind = {"nargs": "+", "metavar": "S"} if item.type is tuple or item.metadata["many"] else kind
-            group.add_argument("--" + item.name.replace("_", "-"), required=item.name in required,
-                               help=text.replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    given |= {name: " ".join(given[name]) for name, item in fields.items() if item.metadata["many"] and name in given}
-    from tasks.questions import is_built_in  # here, because tasks raise InputError
-    task = "built_in" if is_built_in(given.get("data", fields["data"].default)) else None
-    values = {name: given.get(name, item.metadata[task] if task else item.default) for name, item in fields.items()}
+            text = help_text(item, item.name in required, recipe).replace("%", "%%")
+            needed = item.name in required
+            group.add_argument(flag_name(item.name), required=needed, help=text, **kind_of(item))
+    return parser
+
+
+def help_text(item: dataclasses.Field, required: bool, recipe: Recipe | None) -> str:
+    """The help of a field, with its default and, where it differs, the recipe's."""
+    text = item.metadata["help"]
+    shown = " ".join(item.default) if item.type is tuple else item.default
+    if shown != "":
+        other = recipe.defaults.get(item.name, item.default) if recipe else item.default
+        text += f" ({shown})" if other == item.default else f" ({shown}; {recipe.name}: {other})"
+    return text + " (required)" if required else text
+
+
+def kind_of(item: dataclasses.Field) -> dict:
+    """The keyword arguments of add_argument that follow from a field's type."""
+    if item.type is tuple or item.metadata["many"]:
+        return {"nargs": "+", "metavar": "S"}
+    if item.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    choices = item.metadata["choices"]
+    metavar = None if choices else METAVARS.get(item.type, "S")
+    return {"type": item.type, "choices": choices, "metavar": metavar}
+
+
+def check_values(fields: dict[str, dataclasses.Field], values: dict):
+    """Refuse values under their least one, and devices that this machine does not have."""
     for name, item in fields.items():
-        if item.metadata["least"] is not None and not values[name] >= item.metadata["least"]:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {item.metadata['least']}, not {values[name]}")
+        least = item.metadata["least"]
+        if least is not None and not values[name] >= least:
+            raise InputError(f"{flag_name(name)} must be at least {least}, not {values[name]}")
+    if "device" not in values:
+        return
     try:
         device = torch.device(values["device"])
     except RuntimeError as error:
         raise InputError(f"--device {values['device']}: {str(error).splitlines()[0]}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {values['device']}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return tuple(stage(**{item.name: values[item.name] for item in dataclasses.fields(stage)}) for stage in stages)
+        count = torch.cuda.device_count()
+        raise InputError(f"--device {values['device']}: this machine has {count} CUDA devices")
+
+
+def visible(text: str) -> str:
+    """A text that is safe to print: control and direction characters are shown as numbers."""
+
+    def shown(letter: str) -> str:
+        steers = unicodedata.category(letter) in ("Cc", "Cf", "Cs") and letter not in "\n\t"
+        return f"\\x{ord(letter):02x}" if steers else letter
+
+    return "".join(map(shown, text))
 
 
 def run_command(main):
-    """Run a command; bad input is one line on stderr and exit status 2, SIGINT is status 130, SIGTERM 143."""
+    """Run a command. Bad input ends it with one line on stderr and status 2, SIGINT with 130 and
+    SIGTERM with 143."""
+
     def end(number, frame):
         raise KeyboardInterrupt(number)
+
     signal.signal(signal.SIGTERM, end)
     try:
         main()
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {visible((str(error).splitlines() or [type(error).__name__])[0])}", file=sys.stderr)
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"error: {visible(first_line)}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not dist.is_initialized() or "peer" not in str(error):
             raise
-        print("error: another rank has ended; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "error: another rank has ended; run the same command again to resume", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(128 + (stop.args or (signal.SIGINT,))[0])

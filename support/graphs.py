@@ -1,16 +1,23 @@
 """A function of tensors, replayed as a CUDA graph for each set of shapes that it is called with."""
+
 import torch
 from torch import Tensor
 
 
 class Graphed:
-    """`function(*tensors)` on tensors of few different shapes; `state` are tensors that it changes beside what it returns.
+    """`function(*tensors)` on tensors of few different shapes.
 
-    On CUDA the first call of a shape warms up and captures, which runs the function, so `state` is put back; every call copies its inputs into
-    the graph's own and replays it. What is returned is overwritten by the next call of the same shapes. Elsewhere it is just called.
+    `state` are tensors that the function changes beside what it returns. On CUDA the first call of
+    a shape warms up and captures. This runs the function, so `state` is put back. Every call copies
+    its inputs into the graph's own and replays it; what it returns is overwritten by the next call
+    of the same shapes. Elsewhere the function is just called.
     """
+
     def __init__(self, function, *state: Tensor):
-        self.function, self.state, self.graphs, self.pool = function, state, {}, None
+        self.function = function
+        self.state = state
+        self.graphs = {}  # shapes -> (graph, inputs, output); on other devices shapes -> 0
+        self.pool = None  # memory that all graphs share
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
@@ -26,7 +33,9 @@ class Graphed:
         return output
 
     def capture(self, inputs: list[Tensor]):
-        kept, stream = [tensor.clone() for tensor in self.state], torch.cuda.Stream()
+        """The graph of one set of shapes, with its own inputs and output."""
+        kept = [tensor.clone() for tensor in self.state]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):

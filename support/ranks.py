@@ -1,47 +1,72 @@
-"""Several processes at work on one thing: joining, sharing and gathering."""
+"""Several processes at work on one thing: who this one is, joining, sharing and gathering."""
+
 import os
 import sys
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
+def rank() -> int:
+    """The number of this process, as torchrun gives it; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def barrier():
+    """Wait for the other ranks, if this process has joined any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def on_rank_0(action: Callable[[], object]):
+    """Let rank 0 do something while the others wait for it."""
+    if not dist.is_initialized() or rank() == 0:
+        action()
+    barrier()
+
+
 def device_of(source) -> str:
-    """Where this rank computes, of a data.SourceConfig."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if source.device == "cuda" else source.device
+    """The device of this rank; `source` has the field `device` of a command line."""
+    if source.device == "cuda":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return source.device
 
 
 def join_ranks(source) -> str:
-    """Join the other ranks where FSDP is needed: with several of them, or to compute in bfloat16. Returns the device."""
+    """Join the other ranks where FSDP needs it: with several ranks, or to compute in bfloat16.
+
+    `source` has the fields `device` and `dtype` of a command line. Returns this rank's device.
+    """
     device = device_of(source)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    single = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if not single or source.dtype != "float32":  # one rank may search for days longer than another
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=30), **single)
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")
+    alone = "WORLD_SIZE" not in os.environ
+    if not alone or source.dtype != "float32":
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        # one rank may search for days longer than another
+        dist.init_process_group(backend, timeout=timedelta(days=30), **group)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
-def share(items) -> list:
-    """This rank's share; all, with one process."""
-    return list(items)[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else list(items)
+def rank_share(items: Iterable) -> list:
+    """Every world_size-th item, from this rank's number on; all items without other ranks."""
+    return list(items)[rank() :: world_size()] if dist.is_initialized() else list(items)
 
 
 def gather(mine: list) -> list:
-    """The lists of all ranks in one."""
+    """The lists of all ranks, joined in the order of the ranks."""
     if not dist.is_initialized():
         return mine
-    parts = [None] * dist.get_world_size()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
-
-
-def once(action):
-    """Rank 0 does it, all wait."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        action()
-    if dist.is_initialized():
-        dist.barrier()

@@ -1,4 +1,5 @@
-"""Shared pieces of the tests: a small random model with redrawn weights and the built-in tokenizer."""
+"""Shared pieces of the tests: a small random model with redrawn weights, a tokenizer, helpers."""
+
 import os
 import sys
 from pathlib import Path
@@ -8,14 +9,25 @@ LONG = bool(os.environ.get("SVPO_LONG"))  # have the hours-long part of some tes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 from data import StepTokenizer
-from tasks.questions import task_tokenizer  # noqa: E402
-from model import Llama, LlamaConfig  # noqa: E402
+from model import Llama, LlamaConfig, save_model
+from tasks.built_in import task_tokenizer
 
 torch.set_num_threads(1)
+TINY = {
+    "vocab_size": 19,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "eos_token_id": 0,
+}
 
 
 def redraw(module: torch.nn.Module, seed: int = 0, std: float = 0.2):
@@ -29,8 +41,7 @@ def redraw(module: torch.nn.Module, seed: int = 0, std: float = 0.2):
 
 
 def tiny_config(**changes) -> LlamaConfig:
-    return LlamaConfig(**{**dict(vocab_size=19, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                 num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=0), **changes})
+    return LlamaConfig(**{**TINY, **changes})
 
 
 @pytest.fixture
@@ -41,12 +52,12 @@ def tokenizer() -> StepTokenizer:
 @pytest.fixture
 def model(tokenizer) -> Llama:
     """Random weights, calm enough that steps end now and then and logits are not saturated."""
-    return redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size())), std=0.1).eval()
+    config = tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size())
+    return redraw(Llama(config), std=0.1).eval()
 
 
 @pytest.fixture
 def model_folder(tmp_path, model, tokenizer) -> Path:
-    from model import save_model
     save_model(model, tmp_path / "model")
     tokenizer.tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     return tmp_path / "model"

@@ -1,22 +1,59 @@
-"""Questions, splits, answers, tokens and tree files."""
+"""Questions, splits, answers, what ends a step, tokens and tree files."""
+
 import json
 import random
-from pathlib import Path
+import re
+from itertools import product
 
 import pytest
+from conftest import ROOT, redraw, tiny_config
+from tokenizers import Tokenizer, decoders, models
 
-import data
-from data import InputError, Question, StepTokenizer, extract_answer, is_correct, load_questions, read_trees, solution_tree
-from tasks import published
+from data import (
+    DATASETS,
+    LINES,
+    PARAGRAPHS,
+    XML,
+    Dataset,
+    Question,
+    SourceConfig,
+    StepTokenizer,
+    load_questions,
+    plain,
+    read_trees,
+    resume_trees,
+    solution_tree,
+    step_format,
+)
+from mcts import SearchConfig, search_trees
+from model import Llama
+from support.flags import InputError
+from svpo import rescore
 from tasks.arithmetic import MODULUS
-from tasks.questions import SPLITS, generate, split_of, task_tokenizer
+from tasks.built_in import SPLITS, generate, split_of, task_tokenizer
+from tasks.deduction import sound
+from tasks.grading import extract_answer, is_correct
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
+shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the files of ../shared/data")
+
+
+def drawn(task: str, split: str, count: int, seed: int) -> list[Question]:
+    """Questions of a built-in task."""
+    return [Question(*row) for row in generate(task, split, count, seed)]
+
+
+def write_rows(path, rows: list[dict]):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_splits_are_disjoint_for_every_seed_and_size():
     """Catches a test question that is trained on or searched, whatever the seed and the counts."""
-    texts = {name: {question.text for seed in range(4) for question in generate("arithmetic", name, 400, seed)} for name in SPLITS}
+    texts = {}
+    for name in SPLITS:
+        found = [drawn("arithmetic", name, 400, seed) for seed in range(4)]
+        texts[name] = {question.text for questions in found for question in questions}
     for name, own in texts.items():
         assert all(split_of(text) == name for text in own)
         assert not own & set().union(*(other for key, other in texts.items() if key != name))
@@ -24,19 +61,22 @@ def test_splits_are_disjoint_for_every_seed_and_size():
 
 
 def test_questions_are_reproducible_and_right():
-    """Catches answers that disagree with Python's own precedence, and questions that depend on global random state."""
+    """Catches answers that disagree with Python's own precedence, and questions that depend on
+    global random state."""
     random.seed(1)
-    first = generate("arithmetic", "test", 200, 5)
+    first = drawn("arithmetic", "test", 200, 5)
     random.seed(2)
-    assert first == generate("arithmetic", "test", 200, 5) and len({question.text for question in first}) == 200
+    assert first == drawn("arithmetic", "test", 200, 5)
+    assert len({question.text for question in first}) == 200
     for question in first:
         assert int(question.answer) == eval(question.text) % MODULUS
         assert question.solution is None
 
 
 def test_the_teacher_computes_well_but_takes_any_order():
-    """Catches demonstrations with wrong arithmetic, and a teacher who follows the rules or never hits the right answer."""
-    questions = generate("arithmetic", "sft", 300, 0)
+    """Catches demonstrations with wrong arithmetic, and a teacher who follows the rules or never
+    hits the right answer."""
+    questions = drawn("arithmetic", "sft", 300, 0)
     right = 0
     for question in questions:
         for line in question.solution.splitlines():
@@ -46,49 +86,103 @@ def test_the_teacher_computes_well_but_takes_any_order():
     assert 0.25 < right / len(questions) < 0.75
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("so\n#### 1,234", "1,234"), ("The answer is 12.", "12"), ("the final answer is: $5\nmore", "$5"),
-    ("#### 1\n#### 2", "2"), ("no answer here", None), ("####", None), ("#### \n5", None)])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("so\n#### 1,234", "1,234"),
+        ("The answer is 12.", "12"),
+        ("the final answer is: $5\nmore", "$5"),
+        ("#### 1\n#### 2", "2"),
+        ("no answer here", None),
+        ("####", None),
+        ("#### \n5", None),
+    ],
+)
 def test_extract_answer(text, answer):
     """Catches answers read from the wrong line, and "no answer" taken for an answer."""
     assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize("prediction, answer, same", [
-    ("18", "18.0", True), ("$1,234", "1234", True), ("1/2", "0.5", True), ("36/2", "18", True), ("5 apples", "5", True),
-    ("18", "19", False), ("0.333", "1/3", False), (None, "1", False), ("", "1", False), ("-3", "3", False), ("x", "x", True),
-    ("2x+1", "2y", False), ("10 or 12", "10", False), ("3^2", "3", False), ("1,23", "1", False), ("1e3", "1", False),
-    ("-$5", "-5", True), ("$-5", "-5", True), ("$ 5", "5", True), ("50%", "50", True), ("5.", "5", True), ("2 dollars.", "2", True),
-    ("1.5/2", "0.75", True), (".", "0", False), ("12 3", "12", False), ("1/0", "1", False), ("9" * 5000, "1", False), (".5", "0.5", True), ("1e999999999", "1", False)])
+@pytest.mark.parametrize(
+    "prediction, answer, same",
+    [
+        ("18", "18.0", True),
+        ("$1,234", "1234", True),
+        ("1/2", "0.5", True),
+        ("36/2", "18", True),
+        ("5 apples", "5", True),
+        ("18", "19", False),
+        ("0.333", "1/3", False),
+        (None, "1", False),
+        ("", "1", False),
+        ("-3", "3", False),
+        ("x", "x", True),
+        ("2x+1", "2y", False),
+        ("10 or 12", "10", False),
+        ("3^2", "3", False),
+        ("1,23", "1", False),
+        ("1e3", "1", False),
+        ("-$5", "-5", True),
+        ("$-5", "-5", True),
+        ("$ 5", "5", True),
+        ("50%", "50", True),
+        ("5.", "5", True),
+        ("2 dollars.", "2", True),
+        ("1.5/2", "0.75", True),
+        (".", "0", False),
+        ("12 3", "12", False),
+        ("1/0", "1", False),
+        ("9" * 5000, "1", False),
+        (".5", "0.5", True),
+        ("1e999999999", "1", False),
+    ],
+)
 def test_is_correct(prediction, answer, same):
     """Catches string equality, float rounding, division by zero and numbers that take for ever."""
     assert is_correct(prediction, answer) is same
 
 
 def test_split_sizes():
-    """Catches a stated capacity that is not the counted one, and a request for more questions that never ends."""
-    from itertools import product
+    """Catches a stated capacity that is not the counted one, and a request for more questions that
+    never ends."""
     counted = dict.fromkeys(SPLITS, 0)
-    for a, x, b, y, c, z, d in product(range(1, 7), "+-*", range(1, 7), "+-*", range(1, 7), "+-*", range(1, 7)):
-        counted[split_of(f"{a}{x}{b}{y}{c}{z}{d}")] += 1
+    for parts in product("123456", *["+-*", "123456"] * 3):
+        counted[split_of("".join(parts))] += 1
+    assert counted["valid"] == 2094
     with pytest.raises(InputError, match="only 2094"):
         generate("arithmetic", "valid", 2095, 0)
 
 
 def test_jsonl_questions(tmp_path):
     """Catches GSM8K's answer format misread, ids not kept, and a limit that is off by one."""
-    rows = [{"question": "a?", "answer": "step\n#### 1,000"}, {"question": "b?", "answer": 14.0, "id": "own"}, {"question": "c?", "answer": "x"}]
+    rows = [
+        {"question": "a?", "answer": "step\n#### 1,000"},
+        {"question": "b?", "answer": 14.0, "id": "own"},
+        {"question": "c?", "answer": "x"},
+    ]
     path = tmp_path / "some.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
     questions = load_questions(str(path), 2)
-    assert questions == [Question("some-1", "a?", "1,000", "step\n#### 1,000"), Question("own", "b?", "14.0", None)]
+    assert questions == [
+        Question("some-1", "a?", "1,000", "step\n#### 1,000"),
+        Question("own", "b?", "14", None),
+    ]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "line 2: not valid JSON"), ('{"question": "x", "answer": ' + "9" * 5000 + "}", "line 2: not valid JSON"),
-    ("[" * 100000, "line 2: not valid JSON"), ("[1]", "line 2: a JSON object"), ('{"question": "x"}', "line 2: needs a non-empty 'answer'"),
-    ('{"question": "", "answer": "1"}', "line 2: needs a non-empty 'question'"), ('{"question": "x", "answer": "#### "}', "line 2: no answer"),
-    ('{"question": "x", "answer": "1", "solution": 3}', "line 2: 'solution'"), ('{"question": "x", "answer": "1", "id": "q"}', "line 2: id 'q'")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: not valid JSON"),
+        ('{"question": "x", "answer": ' + "9" * 5000 + "}", "line 2: not valid JSON"),
+        ("[" * 100000, "line 2: not valid JSON"),
+        ("[1]", "line 2: a JSON object"),
+        ('{"question": "x"}', "line 2: needs a non-empty 'answer'"),
+        ('{"question": "", "answer": "1"}', "line 2: needs a non-empty 'question'"),
+        ('{"question": "x", "answer": "#### "}', "line 2: no answer"),
+        ('{"question": "x", "answer": "1", "solution": 3}', "line 2: 'solution'"),
+        ('{"question": "x", "answer": "1", "id": "q"}', "line 2: id 'q'"),
+    ],
+)
 def test_malformed_rows_name_file_and_line(tmp_path, line, message):
     """Catches tracebacks, and rows that are skipped in silence."""
     path = tmp_path / "bad.jsonl"
@@ -103,51 +197,69 @@ def test_solution_tree_is_one_branch(tokenizer):
     question = Question("q", "1+2*3", "0", "2*3=6 -> 1+6\n1+6=0 #### 0")
     tree = solution_tree(question, tokenizer)
     assert [node.parent for node in tree.nodes] == [-1, 0, 1]
-    assert [tokenizer.tokenizer.decode(node.tokens, skip_special_tokens=False) for node in tree.nodes] == [
-        "1+2*3\n", "2*3=6 -> 1+6\n", "1+6=0 #### 0<eos>"]
+    assert [
+        tokenizer.tokenizer.decode(node.tokens, skip_special_tokens=False) for node in tree.nodes
+    ] == ["1+2*3\n", "2*3=6 -> 1+6\n", "1+6=0 #### 0<eos>"]
     assert [any(node.sampled) for node in tree.nodes] == [False, True, True]
 
 
 def test_step_ends_inside_tokens():
     """Catches byte-pair tokens that swallow the line break, and blank lines taken for steps."""
-    from tokenizers import Tokenizer, decoders, models
     words = {"<eos>": 0, "a": 1, ".\n": 2, "\n": 3, "\n\n": 4, "\nb": 5}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     tokenizer.decoder = decoders.Fuse()
     steps = StepTokenizer(tokenizer, [0])
     eos, breaks, text, before = steps.tables_4V.tolist()
-    assert breaks == [False, False, True, True, True, True] and text == [True, True, True, False, False, True]
-    assert before == [True, True, True, False, False, False] and eos == [True] + [False] * 5
+    assert breaks == [False, False, True, True, True, True]
+    assert text == [True, True, True, False, False, True]
+    assert before == [True, True, True, False, False, False]
+    assert eos == [True] + [False] * 5
+
+
+TREE = {
+    "id": "t",
+    "question": "?",
+    "answer": "1",
+    "nodes": [{"parent": -1, "tokens": [1], "sampled": [False]}],
+}
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path, capsys):
-    """Catches a search that cannot go on after a kill, and one that loses whole trees or keeps quiet about it."""
-    row = json.dumps({"id": "t", "question": "?", "answer": "1", "nodes": [{"parent": -1, "tokens": [1], "sampled": [False]}]})
+    """Catches a search that cannot go on after a kill, and one that loses whole trees or keeps
+    quiet about it."""
+    row = json.dumps(TREE)
     path = tmp_path / "trees.jsonl"
-    assert data.resume_trees(path) == []
+    assert resume_trees(path) == []
     for torn in ("", row[:30], row):
         path.write_text(row + "\n" + torn)
-        assert len(data.resume_trees(path)) == 1 and path.read_text() == row + "\n"
+        assert len(resume_trees(path)) == 1 and path.read_text() == row + "\n"
         assert ("torn" in capsys.readouterr().out) == bool(torn)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"version": 2}, "version"), ({"nodes": []}, "version is not 1"), ({"nodes": [{"parent": 0, "tokens": [1], "sampled": [True]}]}, "parent"),
-    ({"nodes": [{"parent": -1, "tokens": [], "sampled": []}]}, "no tokens"), ({"extra": 1}, "not a tree")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"version": 2}, "version"),
+        ({"nodes": []}, "version is not 1"),
+        ({"nodes": [{"parent": 0, "tokens": [1], "sampled": [True]}]}, "parent"),
+        ({"nodes": [{"parent": -1, "tokens": [], "sampled": []}]}, "no tokens"),
+        ({"extra": 1}, "not a tree"),
+    ],
+)
 def test_malformed_trees_are_refused(tmp_path, change, message):
     """Catches trees with cycles, without tokens or of another version that reach training."""
-    row = {"id": "t", "question": "?", "answer": "1", "nodes": [{"parent": -1, "tokens": [1], "sampled": [False]}]}
     path = tmp_path / "trees.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+    path.write_text(json.dumps(TREE) + "\n")
     assert len(read_trees(path)) == 1
-    path.write_text(json.dumps({**row, **change}) + "\n")
+    path.write_text(json.dumps({**TREE, **change}) + "\n")
     with pytest.raises(InputError, match=message):
         read_trees(path)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the GSM8K files in ../shared/data")
+@shared
 def test_gsm8k_answers_grade_themselves():
-    """Catches answers of the real data that the reader or the grader cannot parse, or calls equal to a neighbour's."""
+    """Catches answers of the real data that the reader or the grader cannot parse, or calls equal
+    to a neighbour's."""
     questions = load_questions(str(SHARED / "gsm8k" / "test.jsonl"))
     assert len(questions) == 1319 and all(question.solution for question in questions)
     for question, other in zip(questions, questions[1:]):
@@ -156,45 +268,142 @@ def test_gsm8k_answers_grade_themselves():
             assert not is_correct(other.answer, question.answer)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the files of ../shared/data")
-def test_benchmarks():
-    """Catches published rows misread: counts, the first question and answer of each, worked solutions, own ids, several at once."""
-    wanted = {"gsm8k": (7473, "72", True), "gsm8k:test": (1319, "18", True), "math:test": (5000, "2", True), "math": (7498, None, True), "svamp": (1000, "145", False),
-              "mawps": (562, "14", False), "mawps:multiarith": (600, None, False), "prontoqa": (1000, None, True)}
+@shared
+def test_published_datasets():
+    """Catches published rows misread: counts, the first question and answer of each, worked
+    solutions, own ids, several at once."""
+    wanted = {
+        "gsm8k": (7473, "72", True),
+        "gsm8k:test": (1319, "18", True),
+        "math:test": (5000, "2", True),
+        "math": (7498, None, True),
+        "svamp": (1000, "145", False),
+        "mawps": (562, "14", False),
+        "mawps:multiarith": (600, None, False),
+        "prontoqa": (1000, None, True),
+    }
     for spec, (count, answer, solved) in wanted.items():
         questions = load_questions(spec, data_dir=str(SHARED))
         assert len(questions) == len({question.id for question in questions}) == count
-        assert answer in (None, questions[0].answer) and all(bool(question.solution) == solved for question in questions)
-        assert all(is_correct(extract_answer(question.solution), question.answer) for question in questions[:200] if solved)
+        assert answer in (None, questions[0].answer)
+        assert all(bool(question.solution) == solved for question in questions)
+        for question in questions[:200] if solved else []:
+            assert is_correct(extract_answer(question.solution), question.answer)
     assert "<<" not in load_questions("gsm8k", 5, data_dir=str(SHARED))[0].solution
-    assert {question.answer for question in load_questions("prontoqa", data_dir=str(SHARED))} == {"true", "false"}
+    answers = {question.answer for question in load_questions("prontoqa", data_dir=str(SHARED))}
+    assert answers == {"true", "false"}
     assert len(load_questions("gsm8k math:test", 3, data_dir=str(SHARED))) == 6
-    assert load_questions("svamp", 1, data_dir=str(SHARED))[0].text.endswith("into 93 groups. How big is each group of bananas?")
+    first = load_questions("svamp", 1, data_dir=str(SHARED))[0]
+    assert first.text.endswith("into 93 groups. How big is each group of bananas?")
 
 
-def test_benchmarks_that_are_not_there(tmp_path, monkeypatch):
+# A row of each published dataset, the question that it is, and the field that its rows lack.
+ROWS = {
+    "gsm8k": (
+        {"question": "Two pens?", "answer": "1+1 = <<1+1=2>>2\n#### 2"},
+        Question("", "Two pens?", "2", "1+1 = 2\n#### 2"),
+        None,  # its fields are those of a plain file
+    ),
+    "math": (
+        {"problem": "Two?", "solution": "$\\boxed{2}$", "answer": "2", "unique_id": "u"},
+        Question("u", "Two?", "2", "$\\boxed{2}$"),
+        "question",
+    ),
+    "math500": (
+        {"problem": "Two?", "solution": "$\\boxed{2}$", "answer": "2", "unique_id": "u"},
+        Question("u", "Two?", "2", "$\\boxed{2}$"),
+        "question",
+    ),
+    "svamp": (
+        {"ID": "s", "Body": "Two pens. ", "Question": "How many?", "Answer": 2.0},
+        Question("s", "Two pens. How many?", "2"),
+        "answer",
+    ),
+    "mawps": ({"input": " 1 and 1? ", "target": 2.5}, Question("", "1 and 1?", "2.5"), "answer"),
+    "prontoqa": (
+        {"question": "Wet?", "answer": [{"text": "Rain is wet. #### True"}]},
+        Question("", "Wet?", "True", "Rain is wet. #### True"),
+        "answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_file_is_read_as_the_dataset_that_is_named(tmp_path, name):
+    """Catches NAME:FILE, a folder called like the dataset, or NAME with --data-dir that read a
+    published file in another way, or not at all."""
+    row, question, _ = ROWS[name]
+    first = DATASETS[name].splits[0]
+    write_rows(tmp_path / "mine" / "rows.jsonl", [row])
+    write_rows(tmp_path / name / "rows.jsonl", [row])
+    write_rows(tmp_path / name / f"{first}.jsonl", [row])
+    for spec, data_dir, identity in (
+        (f"{name}:{tmp_path}/mine/rows.jsonl", "", "mine-rows-1"),
+        (f"{tmp_path}/{name}/rows.jsonl", "", "rows-1"),
+        (name, str(tmp_path), f"{name}-{first}-1"),
+        (f"{name}:{first}", str(tmp_path), f"{name}-{first}-1"),
+    ):
+        (found,) = load_questions(spec, data_dir=data_dir)
+        assert vars(found) == {**vars(question), "id": question.id or identity}, spec
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, lacks) in ROWS.items() if lacks])
+def test_a_published_file_that_is_not_named_is_refused(tmp_path, name):
+    """Catches rows of a dataset that nobody named and that are guessed, skipped, or end in a
+    traceback: the line must say where, and which field is wanted. A plain file that is read as
+    another dataset's must say so."""
+    row, _, lacks = ROWS[name]
+    write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(InputError, match=f"rows.jsonl, line 1: needs a non-empty .{lacks}."):
+        load_questions(str(tmp_path / "rows.jsonl"))
+    write_rows(tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": "2"}])
+    with pytest.raises(InputError, match=f"rows.jsonl, line 1, read as a row of {name}: "):
+        load_questions(f"{name}:{tmp_path}/rows.jsonl")
+    with pytest.raises(InputError, match=f"read as a row of {name}: "):
+        write_rows(tmp_path / name / "rows.jsonl", [{"question": "1+1?", "answer": "2"}])
+        load_questions(str(tmp_path / name / "rows.jsonl"))
+    (found,) = load_questions(f"plain:{tmp_path / name / 'rows.jsonl'}")  # and so it is read
+    assert (found.text, found.answer) == ("1+1?", "2")
+
+
+def test_files_of_several_datasets_at_once(tmp_path):
+    """Catches a name that is used for the files after its own, and a file of a dataset that is
+    missing and is taken for one of its splits."""
+    for name, (row, _, _) in ROWS.items():
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+    spec = " ".join(f"{name}:{tmp_path / name}.jsonl" for name in ROWS if name != "math500")
+    assert [question.answer for question in load_questions(spec)] == ["2", "2", "2", "2.5", "True"]
+    missing = "the splits of math are train, test; there is no file 'absent.jsonl' either"
+    with pytest.raises(InputError, match=missing):
+        load_questions("math:absent.jsonl")
+
+
+def test_datasets_that_are_not_there(tmp_path, monkeypatch):
     """Catches tracebacks and half-written downloads where a file or the network is missing."""
     with pytest.raises(InputError, match="the splits of gsm8k are train, test"):
         load_questions("gsm8k:dev", data_dir=str(tmp_path))
     with pytest.raises(InputError, match="gsm8k/train.jsonl does not exist"):
         load_questions("gsm8k", data_dir=str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(published.BENCHMARKS, "gsm8k", (("train",), (tmp_path / "far.jsonl").as_uri()))
+    far = Dataset(DATASETS["gsm8k"].read, ("train",), (tmp_path / "far.jsonl").as_uri())
+    monkeypatch.setitem(DATASETS, "gsm8k", far)
     with pytest.raises(InputError, match="could not be read .* put the file at"):
         load_questions("gsm8k")
     (tmp_path / "far.jsonl").write_text('{"question": "?", "answer": "1 #### 2"}\n')
-    assert [(question.id, question.answer) for question in load_questions("gsm8k")] == [("gsm8k-train-1", "2")]
+    (question,) = load_questions("gsm8k")
+    assert (question.id, question.answer) == ("gsm8k-train-1", "2")
     assert [path.name for path in (tmp_path / "svpo" / "gsm8k").iterdir()] == ["train.jsonl"]
     with pytest.raises(InputError, match="no public address"):
         load_questions("prontoqa")
 
 
 def test_deduction_questions():
-    """Catches a task whose right answer does not follow, whose teacher never errs or always does, splits that share questions, and a
-    tokenizer that loses text."""
-    from tasks.deduction import sound
-    tokenizer, right, wholly = task_tokenizer("deduction"), [], []
-    for question in generate("deduction", "sft", 500, 0):
+    """Catches a task whose right answer does not follow, whose teacher never errs or always does,
+    splits that share questions, and a tokenizer that loses text."""
+    tokenizer = task_tokenizer("deduction")
+    right = []
+    wholly = []
+    for question in drawn("deduction", "sft", 500, 0):
         assert split_of(question.text) == "sft"
         text = f"{question.text}\n{question.solution}"
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -204,9 +413,113 @@ def test_deduction_questions():
         known = {fact}
         for _ in range(3):
             known |= {rule.partition(">")[2] for rule in rules if rule.partition(">")[0] in known}
-        assert {concept for concept in known if concept.strip("~") == goal} == {"~" * (question.answer == "no") + goal}  # it follows, and only it
-    assert 0.45 < sum(right) / 500 < 0.62 and 0.02 < sum(wholly) / 500 < 0.12
-    assert sound("a>b b>~c d>b a: c?", "a>b\nb>~c #### no") == [True, True]
-    assert sound("a>b b>~c d>b a: c?", "a>b\nd>b\nb>~c #### no") == [True, False, False]
-    assert sound("a>b b>~c d>b a: c?", "a>b #### no") == [False] and sound("a>b b>~c d>b a: c?", "a>b\nb>~c #### yes") == [True, False]
-    assert not {question.text for question in generate("deduction", "test", 300, 0)} & {question.text for question in generate("deduction", "search", 300, 0)}
+        about_goal = {concept for concept in known if concept.strip("~") == goal}
+        assert about_goal == {"~" * (question.answer == "no") + goal}  # it follows, and only it
+    assert 0.45 < sum(right) / 500 < 0.62
+    assert 0.02 < sum(wholly) / 500 < 0.12
+    asked = "a>b b>~c d>b a: c?"
+    assert sound(asked, "a>b\nb>~c #### no") == [True, True]
+    assert sound(asked, "a>b\nd>b\nb>~c #### no") == [True, False, False]
+    assert sound(asked, "a>b #### no") == [False]
+    assert sound(asked, "a>b\nb>~c #### yes") == [True, False]
+    tested = {question.text for question in drawn("deduction", "test", 300, 0)}
+    assert not tested & {question.text for question in drawn("deduction", "search", 300, 0)}
+
+
+# ------------------------------------------------------------------------------- what ends a step
+
+
+PIECES = ["<eos>", "a", "b.\n", "\n", "\n\n", "\nc", " "]  # the tokens of the tests below
+
+
+def pieces_tokenizer() -> Tokenizer:
+    """A blank line is one token here, or lies across two, or ends or begins inside others."""
+    ids = {piece: index for index, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "steps, solution, texts",
+    [
+        (LINES, "one\ntwo\n\n#### 3\n", ["one\n", "two\n", "#### 3"]),
+        (LINES, "\n \nonly", ["only"]),
+        (PARAGRAPHS, "one\ntwo\n\nthree\n\n#### 3", ["one\ntwo\n\n", "three\n\n", "#### 3"]),
+        (PARAGRAPHS, "\n\none\n\n\n\n\ntwo\n\n", ["one\n\n", "two"]),
+        (PARAGRAPHS, "one\ntwo", ["one\ntwo"]),
+        (PARAGRAPHS, " \n\n ", []),
+    ],
+)
+def test_worked_solutions_are_cut_at_the_delimiter(steps, solution, texts):
+    """Catches paragraphs that are cut at every line, empty steps, a last step that ends with a
+    blank line where end-of-text follows, and cuts at which a search would not end the step."""
+    found = steps.steps(solution)
+    assert found == [[(text, True)] for text in texts]
+    for text in texts[:-1]:
+        ends = [steps.ended(text[:count], text[: count - 1]) for count in range(1, len(text) + 1)]
+        assert ends == [False] * (len(text) - 1) + [True]
+
+
+def test_a_worked_solution_of_paragraphs_as_a_tree():
+    """Catches paragraphs that lose their blank line or their inner lines on the way to tokens, and
+    end-of-text anywhere but at the end."""
+    words = StepTokenizer(task_tokenizer("arithmetic"), [0], steps=PARAGRAPHS)
+    solution = "2*3=6 -> 1+6\n1+6=0\n\n0+0=0 #### 0"
+    tree = solution_tree(Question("q", "1+2*3", "0", solution), words)
+    texts = [words.tokenizer.decode(node.tokens, skip_special_tokens=False) for node in tree.nodes]
+    assert texts == ["1+2*3\n", "2*3=6 -> 1+6\n1+6=0\n\n", "0+0=0 #### 0<eos>"]
+
+
+def test_paragraphs_end_where_they_should():
+    """Catches steps that end at a line break, at a blank line before any text, or not at all where
+    the blank line lies across two tokens, in a real search; and children that continue from
+    another token than the one that ended their parent."""
+    tokenizer = pieces_tokenizer()
+    words = StepTokenizer(tokenizer, [0], "a{question}", steps=PARAGRAPHS)
+    model = redraw(Llama(tiny_config(vocab_size=len(PIECES))), std=0.1).eval()
+    config = SearchConfig(
+        simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3
+    )
+    questions = [Question(str(number), "a", "1") for number in range(20)]
+    trees = list(search_trees(model, words, questions, config))
+    endings = set()  # the last two tokens of steps that a blank line has ended
+    lines = 0  # steps with a line break inside
+    for node in [node for tree in trees for node in tree.nodes[1:]]:
+        texts = [PIECES[token] for token in node.tokens]
+        ended = [blank_line_after_text("".join(texts[: count + 1])) for count in range(len(texts))]
+        assert not any(ended[:-1]) and "<eos>" not in texts[:-1], texts
+        assert ended[-1] or texts[-1] == "<eos>" or node.ending == "cut", texts
+        assert node.ending != "cut" or len(texts) == config.max_step_tokens and not ended[-1]
+        if ended[-1]:
+            assert node.ending in (None, "deep")
+            endings.add(tuple(texts[-2:]))
+            lines += "\n" in "".join(texts).strip()
+    assert {("\n", "\n"), ("b.\n", "\n"), ("b.\n", "\nc"), ("\n", "\nc")} <= endings
+    assert {("a", "\n\n"), ("b.\n", "\n\n")} <= endings and lines > 10
+    for tree, again in zip(trees, rescore(model, trees)):  # the paths are those that were fed
+        scores = [node.logp for node in again.nodes[1:]]
+        assert [node.logp for node in tree.nodes[1:]] == pytest.approx(scores, abs=1e-3)
+
+
+def blank_line_after_text(text: str) -> bool:
+    return re.search(r"\S(.|\n)*?\n\n", text) is not None
+
+
+def test_a_dataset_says_how_its_steps_end(tmp_path, monkeypatch):
+    """Catches a dataset's format of steps that is not used, one that overrules --steps, and two
+    that differ of which one is taken."""
+    monkeypatch.setitem(DATASETS, "proofs", Dataset(plain, ("train",), steps=PARAGRAPHS))
+    write_rows(tmp_path / "proofs" / "train.jsonl", [{"question": "?", "answer": "1"}])
+    write_rows(tmp_path / "rows.jsonl", [{"question": "?", "answer": "1"}])
+    folder = str(tmp_path)
+    rows = f"{tmp_path}/rows.jsonl"
+    assert step_format(SourceConfig(data="proofs", data_dir=folder)) is PARAGRAPHS
+    assert step_format(SourceConfig(data=f"proofs:{rows}")) is PARAGRAPHS
+    assert step_format(SourceConfig(data=rows)) is step_format(SourceConfig(data="deduction"))
+    assert step_format(SourceConfig(data=rows)) is LINES
+    assert step_format(SourceConfig(data="proofs", data_dir=folder, steps="xml")) is XML
+    both = f"proofs {rows}"
+    with pytest.raises(InputError, match="end steps differently; choose --steps"):
+        step_format(SourceConfig(data=both, data_dir=folder))
+    assert step_format(SourceConfig(data=both, data_dir=folder, steps="lines")) is LINES

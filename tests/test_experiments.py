@@ -1,51 +1,110 @@
 """The scripts of experiments/: rows that can run, tables made of what was measured."""
-import json
+
+import re
 import statistics
+import subprocess
 import sys
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import readme  # noqa: E402
 import results  # noqa: E402
+
+EVERY_ROW = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import run
+from pathlib import Path
+small = ["--sft-questions", "20", "--search-questions", "5", "--valid-questions", "2"]
+small += ["--test-limit", "2"]
+for table, rows in run.TABLES.items():
+    for row, flags in rows.items():
+        words = list(flags or [])
+        words = words[2:] if words[:1] == ["--size"] else words
+        words = [] if words == ["samples"] else words
+        job, splits = run.configure(0, Path("x"), words + small)
+        assert set(job.run.__dict__) and len(splits["test"]) == 2, row
+print("all")
+"""
 
 
 def test_every_row_names_flags_that_exist(tmp_path):
-    """Catches a row of a table that would end with an error after hours of others; in a process of its own, because run.py counts tokens
-    in the driver."""
-    import subprocess
-    code = ("import sys; sys.path[:0] = sys.argv[1:]\nimport run\nfrom pathlib import Path\n"
-            "for table, rows in run.TABLES.items():\n"
-            "    for row, flags in rows.items():\n"
-            "        words = (flags or [])[2 * (bool(flags) and flags[0] == '--size'):]\n"
-            "        words = [] if words == ['samples'] else words\n"
-            "        small = ['--sft-questions', '20', '--search-questions', '5', '--valid-questions', '2', '--test-limit', '2']\n"
-            "        job, splits = run.configure(0, Path('x'), words + small)\n"
-            "        assert set(job.run.__dict__) and len(splits['test']) == 2, row\n"
-            "print('all')")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(ROOT / "experiments")], capture_output=True, text=True, cwd=tmp_path)
+    """Catches a row of a table that would end with an error after hours of others.
+
+    It runs in a process of its own: run.py changes the size of the tiny model.
+    """
+    command = [sys.executable, "-c", EVERY_ROW, str(ROOT), str(ROOT / "experiments")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.endswith("all\n"), done.stderr
+
+
+def measured() -> tuple[list[dict], list[dict]]:
+    return results.read("results.jsonl"), results.read("why.jsonl")
+
+
+def sections() -> dict[str, list[str]]:
+    """The lines of each section of RESULTS.md, by its heading."""
+    parts = (ROOT / "RESULTS.md").read_text().split("\n## ")[1:]
+    return {part.splitlines()[0]: part.splitlines()[1:] for part in parts}
 
 
 def test_tables_are_means_over_seeds():
     """Catches figures that are not those of results.jsonl, and rows that are lost."""
-    rows = [json.loads(line) for line in (ROOT / "experiments" / "results.jsonl").read_text().splitlines()]
+    rows, _ = measured()
     for name in {row["table"] for row in rows}:
         mine = [row for row in rows if row["table"] == name]
-        lines = results.table(mine).splitlines()
+        lines = results.measured_table(name, rows).lines
         if name == "scale":  # a line a size
-            assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == list(results.SIZES)
+            assert [line[0] for line in lines] == list(results.SIZES)
             continue
         names = list(dict.fromkeys(row["row"] for row in mine))
-        assert [line.split(" | ")[0].strip("| ") for line in lines[2:2 + len(names)]] == names
+        assert [line[0] for line in lines] == names
         first = [100 * row["figures"]["greedy"] for row in mine if row["row"] == names[0]]
-        assert f"{statistics.fmean(first):.1f}" in lines[2]
+        assert lines[0][1].startswith(f"{statistics.fmean(first):.1f} ")
     assert len({(row["table"], row["row"], row["seed"]) for row in rows}) == len(rows)
 
 
-def test_results_md_holds_what_was_measured():
-    """Catches tables in RESULTS.md that were typed, or are older than results.jsonl."""
-    rows = [json.loads(line) for line in (ROOT / "experiments" / "results.jsonl").read_text().splitlines()]
-    text = (ROOT / "RESULTS.md").read_text()
-    for name in {row["table"] for row in rows}:
-        assert results.table([row for row in rows if row["table"] == name]) in text
-    assert results.why_tables(results.read("why.jsonl")) in text
+def test_files_hold_what_was_measured():
+    """Catches tables in RESULTS.md and experiments/tables.md that were typed, are older than the
+    JSONL files, or that results.py no longer makes."""
+    for path, blocks in (
+        (ROOT / "RESULTS.md", results.short_blocks(*measured())),
+        (ROOT / "experiments" / "tables.md", results.full_blocks(*measured())),
+    ):
+        text = path.read_text()
+        for name, content in blocks.items():
+            assert f"<!-- {name} -->\n{content}\n<!-- end -->" in text, f"{path.name}: {name}"
+        pasted = len(readme.MARK.findall(text))  # by experiments/readme.py
+        assert text.count("<!-- end -->") == len(blocks) + pasted, path.name
+
+
+def test_results_md_is_short():
+    """Catches a summary, tables or lists in RESULTS.md that grow beyond what a reader takes in."""
+    found = sections()
+    summary = [line for line in found.pop("Summary") if line]
+    assert len(summary) <= 10 and all(line.startswith("- ") for line in summary)
+    assert [heading.split(".")[0] for heading in found] == [str(n) for n in range(1, 10)]
+    for heading, lines in found.items():
+        rows = [line for line in lines if line.startswith("|")]
+        assert sum(line.startswith("|---") for line in rows) == 1, heading
+        assert max(line.strip("|").count("|") + 1 for line in rows) <= 5, heading
+        assert sum(line.startswith("- ") for line in lines) <= 3, heading
+
+
+def test_sections_link_to_their_full_tables():
+    """Catches links to headings of experiments/tables.md that were renamed."""
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "experiments" / "tables.md").read_text(), re.M)
+    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    for heading, lines in sections().items():
+        links = re.findall(r"\(experiments/tables\.md#([\w-]+)\)", "\n".join(lines))
+        assert heading == "Summary" or len(links) == 1 and links[0] in anchors, heading
+
+
+def test_sections_without_jsonl_repeat_the_full_tables():
+    """Catches figures of sections 7 to 9 that are not those of experiments/tables.md."""
+    full = set(re.findall(r"\d+\.\d+", (ROOT / "experiments" / "tables.md").read_text()))
+    for heading, lines in sections().items():
+        if heading[0] in "789":
+            found = set(re.findall(r"\d+\.\d+", "\n".join(lines)))
+            assert found and found <= full, f"{heading}: {found - full}"

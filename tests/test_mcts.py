@@ -1,14 +1,30 @@
-"""Selection, closing and backup on hand-built trees; the driver against full forward passes."""
+"""Selection, closing and backup on hand-built trees; the engine against full forward passes."""
+
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import redraw, tiny_config
+from tokenizers import Tokenizer, decoders, models
 
-from data import Question, StepTokenizer, extract_answer, read_trees, to_tree, write_trees
-from mcts import Driver, Node, SearchConfig, backup, expand, grader, mcts, puct, search_trees, select
+from data import Question, StepTokenizer, Tree, outcome_of, read_trees, write_trees
+from engine import Demand, Engine, Node
+from eval import AnswerConfig, parse_strategy
+from mcts import SearchConfig, backup, expand, mcts, puct, search_trees, select, to_tree
+from model import Llama
+from svpo import pack, score, step_logp
+from tasks.grading import extract_answer
 
-CONFIG = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, cache_tokens=3000)
+CONFIG = SearchConfig(
+    simulations=12,
+    expand_width=4,
+    max_depth=5,
+    max_step_tokens=12,
+    search_rows=3,
+    cache_tokens=3000,
+)
 
 
 def child_of(parent, prior=0.5, ending=None, **state):
@@ -18,7 +34,8 @@ def child_of(parent, prior=0.5, ending=None, **state):
 
 
 def test_puct_is_alphamath_eq_4():
-    """Catches a prior that is normalised or not exponentiated, and a wrong count under the root or in the divisor."""
+    """Catches a prior that is normalised or not exponentiated, and a wrong count under the root or
+    in the divisor."""
     root = Node(visit_count=9)
     seen = child_of(root, prior=0.25, visit_count=3, value_sum=1.5)
     fresh = child_of(root, prior=0.5)
@@ -39,7 +56,8 @@ def test_select_walks_to_the_best_open_leaf():
 
 
 def test_exhausted_subtrees_close_and_selection_restarts():
-    """Catches the official code's fault: a whole search that ends when one node has only terminal children."""
+    """Catches the official code's fault: a whole search that ends when one node has only terminal
+    children."""
     root = Node(visit_count=4)
     tempting = child_of(root, prior=0.9, visit_count=2, value_sum=1.8)
     child_of(tempting, ending="answer")
@@ -75,74 +93,119 @@ def test_backup_is_a_running_mean_without_sign_change():
 def test_expand_merges_identical_children_and_ends_deep_ones():
     """Catches near-tie pairs between equal siblings, and unfinished steps at the depth limit."""
     leaf = child_of(Node())
-    children = [Node(leaf, [1, 2], text="a"), Node(leaf, [3], ending="eos"), Node(leaf, [1, 2], text="b")]
+    children = [
+        Node(leaf, [1, 2], text="a"),
+        Node(leaf, [3], ending="eos"),
+        Node(leaf, [1, 2], text="b"),
+    ]
     expand(leaf, children, max_depth=2)
     assert [child.tokens for child in leaf.children] == [[1, 2], [3]]
     assert [child.ending for child in leaf.children] == ["deep", "eos"]
 
 
 def test_one_simulation_in_the_official_order():
-    """Catches values backed up for children that were never selected, and terminals not backed up at once."""
+    """Catches values backed up for children that were never selected, and terminals not backed up
+    at once."""
     root = Node(value=0.5)
-    search = mcts(root, SearchConfig(simulations=2, expand_width=3), lambda node: 1.0, random.Random(0))
+    search = mcts(
+        root, SearchConfig(simulations=2, expand_width=3), lambda node: 1.0, random.Random(0)
+    )
     assert next(search) == [root] * 3
-    a, b, done = Node(root, [1], -1.0, value=-0.25), Node(root, [2], -1.0), Node(root, [3], -1.0, ending="answer")
+    a, b, done = (
+        Node(root, [1], -1.0, value=-0.25),
+        Node(root, [2], -1.0),
+        Node(root, [3], -1.0, ending="answer"),
+    )
     wanted = search.send([a, b, done])
-    assert (root.visit_count, root.value_sum) == (2, 1.5) and (done.visit_count, done.reward) == (1, 1.0)
+    assert (root.visit_count, root.value_sum) == (2, 1.5)
+    assert (done.visit_count, done.reward) == (1, 1.0)
     assert a.visit_count == b.visit_count == 0 and wanted[0] in (a, b)
     with pytest.raises(StopIteration) as end:
         search.send([Node(wanted[0], [4], -1.0)])
     assert end.value.value == (2, "simulations") and wanted[0].q_value == wanted[0].value
 
 
-def test_grading():
+def test_a_search_without_room_says_so():
+    """Catches an empty list of children that is attached to a leaf, and counted as a simulation."""
+    root = Node(value=0.5)
+    search = mcts(root, SearchConfig(expand_width=2), lambda node: 1.0, random.Random(0))
+    next(search)
+    search.send([Node(root, [1], -1.0), Node(root, [2], -1.0)])
+    with pytest.raises(StopIteration) as end:
+        search.send([])
+    assert end.value.value == (1, "slots") and root.visit_count == 1
+
+
+def test_outcomes():
     """Catches rewards for cut or unanswered solutions."""
-    grade = grader(Question("q", "1+1", "2"))
-    texts = [("answer", "1+1=2 #### 2"), ("answer", "#### 3"), ("cut", "#### 2"), ("eos", "2"), ("deep", "")]
-    assert [grade(Node(text=text, ending=ending)) for ending, text in texts] == [1, -1, -1, -1, -1]
+    outcome = outcome_of(Question("q", "1+1", "2"))
+    texts = [
+        ("answer", "1+1=2 #### 2"),
+        ("answer", "#### 3"),
+        ("cut", "#### 2"),
+        ("eos", "2"),
+        ("deep", ""),
+    ]
+    outcomes = [outcome(Node(text=text, ending=ending)) for ending, text in texts]
+    assert outcomes == [1, -1, -1, -1, -1]
 
 
-QUESTIONS = [Question(f"q{index}", text, "3") for index, text in enumerate(
-    ["1+2", "5*5-3+1", "7", "2-2*3", "9+9+9+9", "1*1", "4-3*2*1"])]
+QUESTIONS = [
+    Question(f"q{index}", text, "3")
+    for index, text in enumerate(["1+2", "5*5-3+1", "7", "2-2*3", "9+9+9+9", "1*1", "4-3*2*1"])
+]
+
+
+def path_tokens(tree: Tree, index: int) -> list[int]:
+    """The prompt and all steps down to a node."""
+    return [token for step in [0, *tree.path(index)] for token in tree.nodes[step].tokens]
+
+
+def full_forward(model: Llama, tokens: list[int], last: int) -> tuple[float, float]:
+    """log pi of the `last` tokens and V after all of them, from one plain forward pass."""
+    with torch.no_grad():
+        logits_1TV, value_1T = model(torch.tensor([tokens]))
+    logp_TV = logits_1TV[0].log_softmax(-1)
+    first = len(tokens) - last
+    logp = sum(logp_TV[place - 1, tokens[place]].item() for place in range(first, len(tokens)))
+    return logp, value_1T[0, -1].item()
 
 
 @pytest.mark.parametrize("few_shot", [False, True])
 def test_recorded_logp_and_values_equal_full_forward(model, tokenizer, few_shot):
-    """Catches every cache fault: wrong slots, positions or masks, ragged prompts, shared ones, refilled rows, lanes of unequal
-    length."""
+    """Catches every cache fault: wrong slots, positions or masks, ragged prompts, shared ones,
+    refilled rows, lanes of unequal length."""
     if few_shot:
         tokenizer = StepTokenizer(tokenizer.tokenizer, [0], "1+1\n1+1=2 #### 2\n{question}\n")
     trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
     assert sorted(tree.id for tree in trees) == sorted(question.id for question in QUESTIONS)
-    checked = depth = 0
+    checked = 0
+    depth = 0
     for tree in trees:
         for index, node in enumerate(tree.nodes[1:], 1):
-            path = [index]
-            while path[0]:
-                path.insert(0, tree.nodes[path[0]].parent)
-            tokens = [token for step in path for token in tree.nodes[step].tokens]
-            with torch.no_grad():
-                logits_1TV, value_1T = model(torch.tensor([tokens]))
-            logp = logits_1TV[0].log_softmax(-1)
-            first = len(tokens) - len(node.tokens)
-            wanted = sum(logp[first + offset - 1, token].item() for offset, token in enumerate(node.tokens))
-            assert node.logp == pytest.approx(wanted, abs=1e-3)
-            assert node.value == pytest.approx(value_1T[0, -1].item(), abs=1e-3)
-            checked, depth = checked + 1, max(depth, len(path) - 1)
-        with torch.no_grad():
-            assert tree.nodes[0].value == pytest.approx(model(torch.tensor([tree.nodes[0].tokens]))[1][0, -1].item(), abs=1e-3)
+            tokens = path_tokens(tree, index)
+            logp, value = full_forward(model, tokens, len(node.tokens))
+            assert node.logp == pytest.approx(logp, abs=1e-3)
+            assert node.value == pytest.approx(value, abs=1e-3)
+            checked += 1
+            depth = max(depth, len(tree.path(index)))
+        _, value = full_forward(model, tree.nodes[0].tokens, 0)
+        assert tree.nodes[0].value == pytest.approx(value, abs=1e-3)
     assert checked > 60 and depth >= 3
 
 
 def test_steps_end_where_they_should(model, tokenizer):
     """Catches steps that run over a line break or end-of-text, and cut ones that are not marked."""
-    breaks, eos = tokenizer.tokenizer.token_to_id("\n"), 0
+    decode = tokenizer.tokenizer.decode
+    line_break = tokenizer.tokenizer.token_to_id("\n")
+    eos = 0
     for tree in search_trees(model, tokenizer, QUESTIONS, CONFIG):
         for node in tree.nodes[1:]:
-            text = tokenizer.tokenizer.decode(node.tokens)
+            text = decode(node.tokens)
             assert eos not in node.tokens[:-1]
-            assert all(token != breaks for token in node.tokens[:-1] if tokenizer.tokenizer.decode(node.tokens[:node.tokens.index(token)]).strip())
-            finished = node.tokens[-1] in (eos, breaks)
+            for place, token in enumerate(node.tokens[:-1]):
+                assert token != line_break or not decode(node.tokens[:place]).strip()
+            finished = node.tokens[-1] in (eos, line_break)
             assert finished or len(node.tokens) == CONFIG.max_step_tokens
             if node.ending == "cut":
                 assert not (text.strip() and finished)
@@ -151,186 +214,228 @@ def test_steps_end_where_they_should(model, tokenizer):
             assert (node.reward is None) == (node.ending is None)
 
 
-@pytest.mark.parametrize("through", [1, 3])
-def test_greedy_is_argmax_decoding(model, tokenizer, through):
-    """Catches a temperature of zero that samples, and a driver that changes tokens between steps."""
-    driver = Driver(model, tokenizer, QUESTIONS, 2, 1, 0.0, SearchConfig(max_step_tokens=6, cache_tokens=400, max_depth=3), 3, through=through, fit=True)
+@pytest.mark.parametrize("steps_per_lane", [1, 3])
+def test_greedy_is_argmax_decoding(model, tokenizer, steps_per_lane):
+    """Catches a temperature of zero that samples, and an engine that changes tokens between
+    steps."""
+    config = SearchConfig(max_step_tokens=6, cache_tokens=400, max_depth=3)
+    demand = Demand(1, 0.0, expansions=3, steps_per_lane=steps_per_lane)
+    engine = Engine(model, tokenizer, QUESTIONS, demand, config, rows=2, fit=True)
 
-    def one_path(root):
+    def one_path(question, root):
         node = root
         while not node.ending and node.depth < 3:
-            node, = yield [node]
+            (node,) = yield [node]
         return node
-    for question, root, node in driver.run(lambda question, root: one_path(root), "greedy"):
+
+    found = list(engine.run(one_path, "greedy"))
+    assert len(found) == len(QUESTIONS)
+    for _, root, node in found:
+        written = [token for step in node.path() for token in step.tokens]
         tokens = list(root.tokens)
-        while len(tokens) < len(root.tokens) + sum(len(step.tokens) for step in node.path()):
+        while len(tokens) < len(root.tokens) + len(written):
             with torch.no_grad():
                 tokens.append(model(torch.tensor([tokens]))[0][0, -1].argmax().item())
-        assert tokens == root.tokens + [token for step in node.path() for token in step.tokens]
+        assert tokens == root.tokens + written
         assert node.ending or node.depth == 3
 
 
 @pytest.mark.parametrize("strategy", ["majority:3", "beam:3,2", "mcts:4"])
 def test_strategies_read_the_right_paths(model, tokenizer, strategy):
-    """Catches lanes that run on through several steps, and several paths extended at once, that see each other's slots."""
-    from eval import AnswerConfig, plan
+    """Catches lanes that run on through several steps, and several paths extended at once, that see
+    each other's slots."""
     search = SearchConfig(max_step_tokens=8, max_depth=4, expand_width=3, cache_tokens=1500)
-    chosen, seen = plan(strategy, search, AnswerConfig()), []
+    chosen = parse_strategy(strategy, search, AnswerConfig())
+    seen = []
 
     def spied(question, root):
-        search, children = chosen.start(question, root), None
+        search = chosen.start(question, root)
+        children = None
         while True:
             try:
                 children = yield search.send(children)
             except StopIteration as end:
                 return end.value
             seen.extend(children)
-    driver = Driver(model, tokenizer, QUESTIONS, 3, chosen.lanes, 0.8, search, chosen.expansions, 0, chosen.paths, chosen.through, fit=True)
-    assert len(list(driver.run(spied, strategy))) == len(QUESTIONS)
+
+    demand = replace(chosen.demand, temperature=0.8)
+    engine = Engine(model, tokenizer, QUESTIONS, demand, search, rows=3, fit=True)
+    assert len(list(engine.run(spied, strategy))) == len(QUESTIONS)
     for node in seen:
         root = node
         while root.parent:
             root = root.parent
         tokens = sum((step.tokens for step in node.path()), root.tokens)
-        with torch.no_grad():
-            logits_1TV, value_1T = model(torch.tensor([tokens]))
-        rows = logits_1TV[0].log_softmax(-1)[-len(node.tokens) - 1:-1]
-        assert node.logp == pytest.approx(rows.gather(1, torch.tensor(node.tokens)[:, None]).sum().item(), abs=1e-3)
-        assert node.value == pytest.approx(value_1T[0, -1].item(), abs=1e-3)
+        logp, value = full_forward(model, tokens, len(node.tokens))
+        assert node.logp == pytest.approx(logp, abs=1e-3)
+        assert node.value == pytest.approx(value, abs=1e-3)
     assert max(node.depth for node in seen) >= 3
 
 
 def test_bfloat16(tokenizer, model):
     """Catches states of another type than the weights'."""
     trees = list(search_trees(model.to(torch.bfloat16), tokenizer, QUESTIONS[:3], CONFIG))
-    assert len(trees) == 3 and all(math.isfinite(node.logp) for tree in trees for node in tree.nodes)
+    assert len(trees) == 3
+    assert all(math.isfinite(node.logp) for tree in trees for node in tree.nodes)
 
 
 def test_a_full_row_ends_its_search_alone(model, tokenizer):
-    """Catches a row that writes over its neighbours' or its own slots when it has no room, and a silent stop."""
-    small = SearchConfig(simulations=50, expand_width=3, max_depth=20, max_step_tokens=6, search_rows=2, cache_tokens=330)
+    """Catches a row that writes over its neighbours' or its own slots when it has no room, and a
+    silent stop."""
+    small = SearchConfig(
+        simulations=50,
+        expand_width=3,
+        max_depth=20,
+        max_step_tokens=6,
+        search_rows=2,
+        cache_tokens=330,
+    )
     trees = list(search_trees(model, tokenizer, QUESTIONS, small))
     assert len(trees) == len(QUESTIONS) and any(tree.stopped == "slots" for tree in trees)
     assert all(tree.simulations > 0 for tree in trees)
-    alone = {tree.id: tree for question in QUESTIONS for tree in search_trees(model, tokenizer, [question], small)}
-    assert all((tree.simulations, tree.stopped) == (alone[tree.id].simulations, alone[tree.id].stopped) for tree in trees)
+    alone = {}
+    for question in QUESTIONS:
+        (alone[question.id],) = search_trees(model, tokenizer, [question], small)
+    for tree in trees:
+        wanted = alone[tree.id]
+        assert (tree.simulations, tree.stopped) == (wanted.simulations, wanted.stopped)
 
 
 def test_line_breaks_inside_tokens_end_steps():
     """Catches byte-pair tokens that swallow the line break, and steps made of blank lines only."""
-    from tokenizers import Tokenizer, decoders, models
-    from conftest import redraw, tiny_config
-    from model import Llama
     words = ["<eos>", "a", "b.\n", "\n", "\n\n", "\nc", " "]
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
-    words.decoder = decoders.Fuse()
-    tokenizer = StepTokenizer(words, [0], "a{question}")
+    ids = {word: index for index, word in enumerate(words)}
+    plain = Tokenizer(models.WordLevel(ids, unk_token="a"))
+    plain.decoder = decoders.Fuse()
+    tokenizer = StepTokenizer(plain, [0], "a{question}")
     model = redraw(Llama(tiny_config(vocab_size=7)), std=0.1).eval()
+    questions = [Question(str(number), "a", "1") for number in range(12)]
+
+    def ended(text):
+        return "<eos>" in text or any(part.strip() for part in text.split("\n")[:-1])
+
     seen = set()
-    for tree in search_trees(model, tokenizer, [Question(str(number), "a", "1") for number in range(12)], CONFIG):
+    for tree in search_trees(model, tokenizer, questions, CONFIG):
         for node in tree.nodes[1:]:
-            texts = [words.decode([token], skip_special_tokens=False) for token in node.tokens]
+            texts = [plain.decode([token], skip_special_tokens=False) for token in node.tokens]
             for count in range(1, len(texts)):
-                text = "".join(texts[:count])
-                assert not any(part.strip() for part in text.split("\n")[:-1]) and "<eos>" not in text, texts
-            text = "".join(texts)
-            whole = "<eos>" in text or any(part.strip() for part in text.split("\n")[:-1])
-            assert whole or node.ending == "cut"
+                assert not ended("".join(texts[:count])), texts
+            assert ended("".join(texts)) or node.ending == "cut"
             seen.add(texts[-1])
     assert {"<eos>", "b.\n", "\n", "\n\n", "\nc"} <= seen
 
 
 def test_a_padded_vocabulary(tokenizer):
-    """Catches sampled ids that the tokenizer does not have, and log-probabilities that disagree with training's."""
-    from conftest import redraw, tiny_config
-    from model import Llama
-    from eval import score
-    from svpo import pack, step_logp
-    model = redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size() + 9)), std=0.1).eval()
+    """Catches sampled ids that the tokenizer does not have, and log-probabilities that disagree
+    with training's."""
+    known = tokenizer.tokenizer.get_vocab_size()
+    model = redraw(Llama(tiny_config(vocab_size=known + 9)), std=0.1).eval()
     trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
     packed = pack(trees)
     with torch.no_grad():
         logp_M, _, node_M = score(model, packed)
         logp_E = step_logp(logp_M, node_M, len(packed.node_E))
-    assert max(token for node in packed.node_E for token in node.tokens) < tokenizer.tokenizer.get_vocab_size()
-    torch.testing.assert_close(logp_E, torch.tensor([node.logp for node in packed.node_E]), atol=1e-3, rtol=0)
+    assert max(token for node in packed.node_E for token in node.tokens) < known
+    recorded_E = torch.tensor([node.logp for node in packed.node_E])
+    torch.testing.assert_close(logp_E, recorded_E, atol=1e-3, rtol=0)
 
 
 def test_no_step_outgrows_the_context(tokenizer):
-    """Catches positions beyond what the model was made for; a node without room for another step is too deep."""
-    from conftest import redraw, tiny_config
-    from model import Llama
-    model = redraw(Llama(tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size(), max_position_embeddings=28)), std=0.1).eval()
-    trees = list(search_trees(model, tokenizer, QUESTIONS, SearchConfig(
-        simulations=30, expand_width=3, max_depth=50, max_step_tokens=8, search_rows=3, cache_tokens=6000)))
-    depth, deep = {}, 0
+    """Catches positions beyond what the model was made for; a node without room for another step is
+    too deep."""
+    known = tokenizer.tokenizer.get_vocab_size()
+    small = tiny_config(vocab_size=known, max_position_embeddings=28)
+    model = redraw(Llama(small), std=0.1).eval()
+    config = SearchConfig(
+        simulations=30,
+        expand_width=3,
+        max_depth=50,
+        max_step_tokens=8,
+        search_rows=3,
+        cache_tokens=6000,
+    )
+    trees = list(search_trees(model, tokenizer, QUESTIONS, config))
+    lengths = []
+    deep = 0
     for tree in trees:
         for index, node in enumerate(tree.nodes):
-            depth[tree.id, index] = depth.get((tree.id, node.parent), 0) + len(node.tokens)
+            lengths.append(len(path_tokens(tree, index)))
             deep += node.ending == "deep"
-    assert max(depth.values()) <= 28 and deep
+    assert max(lengths) <= 28 and deep
 
 
-def unique_tokens(trees) -> int:
+def unique_tokens(trees: list[Tree]) -> int:
     """Tokens of all trees, what all prompts begin with counted once."""
     prompts = [tree.nodes[0].tokens for tree in trees]
     shared = 0
-    while all(len(prompt) > shared + 1 and prompt[shared] == prompts[0][shared] for prompt in prompts):
+    while all(
+        len(prompt) > shared + 1 and prompt[shared] == prompts[0][shared] for prompt in prompts
+    ):
         shared += 1
-    return sum(len(node.tokens) for tree in trees for node in tree.nodes) - shared * (len(trees) - 1)
+    return sum(tree.tokens() for tree in trees) - shared * (len(trees) - 1)
 
 
-def test_nothing_is_fed_twice(model, tokenizer, monkeypatch):
-    """Catches prefixes that are fed again, lanes that idle at the model's cost, and a few-shot prompt fed for each question."""
-    import mcts as module
-    drivers = []
+@pytest.fixture
+def engines(monkeypatch) -> list[Engine]:
+    """The engines that searches make, in turn."""
+    made = []
 
-    class Kept(Driver):
+    class Kept(Engine):
         def __init__(self, *words, **more):
             super().__init__(*words, **more)
-            drivers.append(self)
-    monkeypatch.setattr(module, "Driver", Kept)
+            made.append(self)
+
+    monkeypatch.setattr("mcts.Engine", Kept)
+    return made
+
+
+def test_nothing_is_fed_twice(model, tokenizer, engines):
+    """Catches prefixes that are fed again, lanes that idle at the model's cost, and a few-shot
+    prompt fed for each question."""
     few_shot = StepTokenizer(tokenizer.tokenizer, [0], "1+1\n1+1=2 #### 2\n{question}\n")
     for words in (tokenizer, few_shot):
-        config = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, cache_tokens=3000)
-        trees = list(search_trees(model, words, QUESTIONS, config))
-        merged = drivers[-1].sampled_tokens - sum(len(node.tokens) for tree in trees for node in tree.nodes[1:])
-        assert merged >= 0 and drivers[-1].fed_tokens == unique_tokens(trees) + merged
+        trees = list(search_trees(model, words, QUESTIONS, CONFIG))
+        written = sum(tree.tokens() - len(tree.nodes[0].tokens) for tree in trees)
+        merged = engines[-1].sampled_tokens - written
+        assert merged >= 0 and engines[-1].fed_tokens == unique_tokens(trees) + merged
+    assert len(engines) == 2
 
 
 def test_samples_do_not_depend_on_the_neighbours(model, tokenizer):
-    """Catches trees that change with the number of rows or with the questions searched beside them."""
+    """Catches trees that change with the number of rows or with the questions searched beside
+    them."""
     alone = {tree.id: tree for tree in search_trees(model, tokenizer, QUESTIONS, CONFIG)}
-    others = SearchConfig(**{**vars(CONFIG), "search_rows": 2, "cache_tokens": 5000})
+    others = replace(CONFIG, search_rows=2, cache_tokens=5000)
     for tree in search_trees(model, tokenizer, QUESTIONS[::-2], others):
-        assert [node.tokens for node in tree.nodes] == [node.tokens for node in alone[tree.id].nodes]
+        wanted = [node.tokens for node in alone[tree.id].nodes]
+        assert [node.tokens for node in tree.nodes] == wanted
 
 
 @pytest.mark.parametrize("tokens", [3000, 20000])
-def test_ticks_of_static_shapes(model, tokenizer, tokens, monkeypatch):
-    """Catches ticks whose shapes depend on what is live, which no CUDA graph can replay, dead lanes that touch live ones, and other trees."""
-    import mcts as module
-    drivers = []
-
-    class Static(Driver):
-        def __init__(self, *words, **more):
-            super().__init__(*words, **more, static=True)
-            drivers.append(self)
-    config = SearchConfig(simulations=12, expand_width=4, max_depth=5, max_step_tokens=12, search_rows=3, cache_tokens=tokens)
-    wanted = list(search_trees(model, tokenizer, QUESTIONS, config))
-    monkeypatch.setattr(module, "Driver", Static)
-    found = list(search_trees(model, tokenizer, QUESTIONS, config))
-    key = lambda tree: tree.id  # noqa: E731
-    for one, two in zip(sorted(found, key=key), sorted(wanted, key=key)):
-        assert [node.tokens for node in one.nodes] == [node.tokens for node in two.nodes]
-        assert [node.value for node in one.nodes] == pytest.approx([node.value for node in two.nodes], abs=1e-4)
-    (driver,), shapes = drivers, drivers[0].device_tick.graphs
-    assert len({tuple(shape[:3] for shape in key) for key in shapes}) == 1  # all but the slots that are read
-    assert {key[-1][3] for key in shapes} <= {*range(256, driver.slots, 256), driver.slots}
+def test_ticks_of_static_shapes(model, tokenizer, tokens, monkeypatch, engines):
+    """Catches ticks whose shapes depend on what is live, which no CUDA graph can replay, dead lanes
+    that touch live ones, and other trees."""
+    config = replace(CONFIG, cache_tokens=tokens)
+    wanted = {tree.id: tree for tree in search_trees(model, tokenizer, QUESTIONS, config)}
+    first = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda *words: first(*words, static=True))
+    found = {tree.id: tree for tree in search_trees(model, tokenizer, QUESTIONS, config)}
+    assert found.keys() == wanted.keys()
+    for name, tree in found.items():
+        others = wanted[name].nodes
+        assert [node.tokens for node in tree.nodes] == [node.tokens for node in others]
+        values = [node.value for node in others]
+        assert [node.value for node in tree.nodes] == pytest.approx(values, abs=1e-4)
+    assert [engine.static for engine in engines] == [False, True]
+    shapes = engines[1].device_tick.graphs
+    assert len({tuple(shape[:3] for shape in key) for key in shapes}) == 1  # but for slots read
+    slots = engines[1].room.slots
+    assert {key[-1][3] for key in shapes} <= {*range(256, slots, 256), slots}
 
 
 def test_sampling_follows_the_distribution(tokenizer):
-    """Catches a wrong inverse of the cumulative distribution, and a temperature that also tempers what is recorded."""
+    """Catches a wrong inverse of the cumulative distribution, and a temperature that also tempers
+    what is recorded."""
     logits_V = torch.linspace(-1, 1, tokenizer.tables_4V.shape[1] + 2)
     uniform_X = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     token_X, logp_X = tokenizer.draw(logits_V.expand(4000, -1), uniform_X, 0.5)
@@ -350,20 +455,31 @@ def test_trees_survive_their_file(tmp_path, model, tokenizer):
 def test_a_tree_keeps_parents_before_children():
     """Catches a stored order that readers and the packer cannot follow."""
     root = Node(tokens=[1])
-    a, b = child_of(root), child_of(root)
-    child_of(a), child_of(b)
+    a = child_of(root)
+    b = child_of(root)
+    child_of(a)
+    child_of(b)
     tree = to_tree(Question("q", "?", "1"), root, 2, "simulations")
     assert [node.parent for node in tree.nodes] == [-1, 0, 0, 1, 2]
 
 
 def test_a_search_that_asks_for_more_than_it_said_ends_cleanly(model, tokenizer):
-    """Catches steps written past the store's end: further expansions are refused like any others without room."""
-    def endless(root):
-        rounds, node = 0, root
+    """Catches steps written past the store's end: further expansions are refused like any others
+    without room, with an empty list."""
+    refused = []
+
+    def endless(question, root):
+        rounds = 0
+        node = root
         while children := (yield [node] * 2):
             rounds += 1
             node = next((child for child in children if not child.ending), root)
+        refused.append(children)
         return rounds
+
     config = SearchConfig(max_depth=20, max_step_tokens=4, cache_tokens=8000)
-    driver = Driver(model, tokenizer, QUESTIONS[:3], 3, 2, 1.0, config, 4)
-    assert all(4 <= rounds < 100 for _, _, rounds in driver.run(lambda question, root: endless(root), "endless"))
+    demand = Demand(2, 1.0, expansions=4)
+    engine = Engine(model, tokenizer, QUESTIONS[:3], demand, config, rows=3)
+    rounds = [count for _, _, count in engine.run(endless, "endless")]
+    assert len(rounds) == 3 and all(4 <= count < 100 for count in rounds)
+    assert refused == [[], [], []]

@@ -1,34 +1,50 @@
 """The plan of train.py --plan against what PyTorch stores and what a training step takes."""
+
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-
 from conftest import ROOT, redraw, tiny_config
-from data import PRESETS
-from support.plan import Sizes, shape_of
-from model import Llama, TreeCache, save_model
+
+from engine import TreeCache
+from model import LOGITS, Llama, LlamaConfig, count_parameters, save_model
+from support.hugging_face import PRESETS
+from support.plan import Sizes
+from train import RunConfig, shape_of
 
 MEASURE = """
-import sys, json, re
+import json
+import re
+import sys
+
 sys.path.insert(0, sys.argv[1])
 import torch
-torch.set_num_threads(1)
+
+from data import Tree, TreeNode
 from model import load_model
-from svpo import Batch, Lesson, LossConfig, Tree, TreeNode, learn
+from svpo import LossConfig, learn
 from train import TrainConfig, backward
+
+torch.set_num_threads(1)
+
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
 def step(tokens, recompute):
     for block in model.model.layers:
         block.recompute = recompute
-    tree = Tree("t", "", "", [TreeNode(-1, [1] * 8, [False] * 8), TreeNode(0, [2] * (tokens - 8), [True] * (tokens - 8))])
-    backward(model, [(0, learn(tree, losses))], losses, TrainConfig(), 0, 0)
+    prompt = TreeNode(-1, [1] * 8, [False] * 8)
+    solution = TreeNode(0, [2] * (tokens - 8), [True] * (tokens - 8))
+    lesson = learn(Tree("t", "", "", [prompt, solution]), losses)
+    backward(model, [(0, lesson)], losses, TrainConfig(), 0, 0)
     optimizer.step()
     optimizer.zero_grad()
-losses, before, found = LossConfig("sft", sft_weight=1.0), memory("VmRSS"), {}
+
+losses = LossConfig("sft", sft_weight=1.0)
+before = memory("VmRSS")
+found = {}
 model = load_model(sys.argv[2])
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 step(16, False)
@@ -41,44 +57,82 @@ print(json.dumps(found))
 """
 
 
+def sizes_of(config: LlamaConfig, width: int) -> Sizes:
+    return Sizes(config, *count_parameters(config), width, LOGITS)
+
+
 def test_presets_have_the_parameters_of_their_names():
     """Catches a wrong shape in the table."""
-    billions = {"llama-7b": 6.738, "llama-2-7b": 6.738, "llama-3.1-8b": 8.030, "deepseekmath-7b": 6.910, "qwen2.5-math-1.5b": 1.544,
-                "qwen2.5-math-7b": 7.616, "smollm2-135m": 0.1345, "smollm2-360m": 0.3618}
+    billions = {
+        "llama-7b": 6.738,
+        "llama-2-7b": 6.738,
+        "llama-3.1-8b": 8.030,
+        "deepseekmath-7b": 6.910,
+        "qwen2.5-math-1.5b": 1.544,
+        "qwen2.5-math-7b": 7.616,
+        "smollm2-135m": 0.1345,
+        "smollm2-360m": 0.3618,
+    }
     assert billions.keys() == PRESETS.keys()
     for name, wanted in billions.items():
-        assert Sizes(shape_of(name), 2).count()[0] / 1e9 == pytest.approx(wanted, rel=1e-3)
+        sizes = sizes_of(shape_of(RunConfig(model=name)), 2)
+        assert sizes.parameters / 1e9 == pytest.approx(wanted, rel=1e-3)
+        assert sizes.weights == 2 * sizes.parameters
+        layers = sizes.config.num_hidden_layers
+        assert 0.5 < layers * sizes.block_parameters / sizes.parameters < 1
 
 
 def test_cache_and_activations_are_what_is_stored():
-    """Catches a term that is missing: the tensors that autograd saves in one block, and the cache's memory, are counted."""
+    """Catches a term that is missing: the tensors that autograd saves in one block, and the cache's
+    memory, are counted."""
     config = tiny_config(hidden_size=64, intermediate_size=160, head_dim=16)
-    model, seen = redraw(Llama(config)), {}
+    sizes = sizes_of(config, 4)
+    model = redraw(Llama(config))
     cache = TreeCache(config, 3, 40, 10)
-    assert Sizes(config, 4).cached_token() * 3 * 50 == sum(memory.nbytes for memory in (cache.slots_L2BSGK, cache.store_L2BPGK))
+    stored = cache.slots_L2BSGK.nbytes + cache.store_L2BSGK.nbytes
+    assert sizes.cached_token() * 3 * 50 == stored
     cos, sin = model.rotary(torch.arange(48)[None], torch.float32)
-    mask, kept = torch.zeros(1, 1, 48, 48), []
-    known = {tensor.untyped_storage().data_ptr() for tensor in (cos, sin, mask, *model.parameters())}
+    mask = torch.zeros(1, 1, 48, 48)
+    inputs = (cos, sin, mask, *model.parameters())
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept = []
+    seen = {}
 
     def note(tensor):
         kept.append(tensor)  # or its address is used again
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.model.layers[0](torch.randn(1, 48, 64, requires_grad=True), cos, sin, mask, None)
     stored = sum(size for address, size in seen.items() if address not in known) / 48
-    assert 0.9 < stored / Sizes(config, 4).layer_activations() <= 1.0
+    assert 0.9 < stored / sizes.layer_activations() <= 1.0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_a_training_step_takes_what_is_planned(tmp_path):
-    """Catches a plan that is far from the memory that a step on a small model takes, with and without recomputation."""
-    config = tiny_config(vocab_size=2000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-                         num_key_value_heads=8, head_dim=64, max_position_embeddings=4096)
+    """Catches a plan that is far from the memory that a step on a small model takes, with and
+    without recomputation."""
+    config = tiny_config(
+        vocab_size=2000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=4096,
+    )
     save_model(Llama(config).init_weights(0), tmp_path)
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(ROOT), str(tmp_path), "1500"], capture_output=True, text=True, check=True)
-    found, sizes = json.loads(done.stdout.splitlines()[-1]), Sizes(config, 4)
-    state = 16 * sizes.count()[0]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(ROOT), str(tmp_path), "1500"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    sizes = sizes_of(config, 4)
+    state = 16 * sizes.parameters
     for recompute in (True, False):
         planned = state + sizes.activations(1500, recompute)
         assert 0.75 < found[str(recompute)] * 2**20 / planned < 1.25, (found, planned / 2**20)
@@ -86,9 +140,18 @@ def test_a_training_step_takes_what_is_planned(tmp_path):
 
 def test_the_plan_is_printed_without_weights(tmp_path):
     """Catches a plan that needs a download, and one that says that what does not fit fits."""
+
     def plan(*words):
-        return subprocess.run([sys.executable, ROOT / "train.py", "--plan", *words], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        return subprocess.run(
+            [sys.executable, ROOT / "train.py", "--plan", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        ).stdout
+
     out = plan("--model", "llama-7b", "--dtype", "bfloat16")
-    assert "6.74 B" in out and ("80 GB" not in out or "1 GPU: training" in out and "fits on 4, 8, 64" in out)
+    assert "6.74 B" in out
+    assert "80 GB" not in out or "1 GPU: training" in out and "fits on 4, 8, 64" in out
     assert "All phases fit" in plan()
     assert not list(tmp_path.iterdir())

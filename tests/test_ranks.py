@@ -1,4 +1,5 @@
-"""Training on several ranks, and after interruptions: the same losses and weights as one process that was not disturbed."""
+"""Training on several ranks, and after interruptions, against one process left undisturbed."""
+
 import contextlib
 import json
 import os
@@ -11,19 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
-from conftest import ROOT
-
-WORDS = ["--sft-questions", "100", "--search-questions", "11", "--valid-questions", "4", "--test-limit", "4", "--rounds", "1",
-         "--sft-steps", "9", "--sft-lr", "1e-3", "--sft-batch", "15", "--simulations", "5", "--tune-batch", "5", "--tune-epochs", "3", "--min-gap", "0.1",
-         "--save-every", "2", "--out", "out"]
+WORDS = """
+    --sft-questions 100 --search-questions 11 --valid-questions 4 --test-limit 4 --rounds 1
+    --sft-steps 9 --sft-lr 1e-3 --sft-batch 15 --simulations 5 --tune-batch 5 --tune-epochs 3
+    --min-gap 0.1 --save-every 2 --out out
+""".split()
 
 
 def start(folder: Path, *words, ranks: int = 1) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *WORDS, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    launcher = [sys.executable, *(torchrun if ranks > 1 else [])]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "train.py"), *WORDS, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def train(folder: Path, *words, ranks: int = 1) -> str:
@@ -37,7 +47,8 @@ def kill_at(folder: Path, stage: str, step: int, *words, ranks: int = 1):
     """Start, and kill everything once the log has that step of the stage."""
     process = start(folder, *words, ranks=ranks)
     wanted = f'"stage": "{stage}", "step": {step},'
-    while not (folder / "out" / "log.jsonl").exists() or wanted not in (folder / "out" / "log.jsonl").read_text():
+    file = folder / "out" / "log.jsonl"
+    while not file.exists() or wanted not in file.read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     for entry in Path("/proc").glob("[0-9]*/cwd"):  # torchrun gives its ranks sessions of their own
@@ -48,13 +59,15 @@ def kill_at(folder: Path, stage: str, step: int, *words, ranks: int = 1):
 
 
 def log(folder: Path, stage: str) -> list[dict]:
+    """The lines of a stage, without what depends on the machine."""
     lines = [json.loads(line) for line in open(folder / "out" / "log.jsonl")]
-    return [{name: value for name, value in line.items() if not name.endswith("_s") and name != "stage"} for line in lines
-            if line["stage"] == stage]
+    lines = [line for line in lines if line.pop("stage") == stage]
+    return [{name: line[name] for name in line if not name.endswith("_s")} for line in lines]
 
 
 def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
-    return {**load_file(folder / "out" / stage / "model.safetensors"), **load_file(folder / "out" / stage / "value_head.safetensors")}
+    model = load_file(folder / "out" / stage / "model.safetensors")
+    return model | load_file(folder / "out" / stage / "value_head.safetensors")
 
 
 def take_back(folder: Path, stage: str, *kept: str):
@@ -79,12 +92,14 @@ def same(found: dict, wanted: dict, tolerance: float):
 
 @pytest.mark.parametrize("stage", ["sft", "round1"])
 def test_two_ranks_equal_one_process(finished, tmp_path, stage):
-    """Catches losses normalised by a rank's own counts, gradients averaged wrongly, and dropout or order that depend on the
-    ranks; their shares are unequal, 8 and 7 solutions a step or 3 and 2 trees."""
+    """Catches losses normalised by a rank's own counts, gradients averaged wrongly, and dropout or
+    order that depend on the ranks; their shares are unequal, 8 and 7 solutions a step or 3 and 2
+    trees."""
     shutil.copytree(finished / "out", tmp_path / "out")
     take_back(tmp_path, stage)
     train(tmp_path, ranks=2)
-    ours, theirs = log(tmp_path, stage), log(finished, stage)
+    ours = log(tmp_path, stage)
+    theirs = log(finished, stage)
     assert len(ours) == len(theirs) >= 6
     for one, two in zip(ours, theirs):
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
@@ -93,10 +108,11 @@ def test_two_ranks_equal_one_process(finished, tmp_path, stage):
 
 
 def test_forward_passes_of_few_tokens_are_the_same_step(finished, tmp_path):
-    """Catches gradient accumulation that averages averages, and ranks of which one has nothing left to do."""
+    """Catches gradient accumulation that averages averages, and ranks of which one has nothing left
+    to do."""
     shutil.copytree(finished / "out", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["TrainConfig"]["pack_tokens"], config["TrainConfig"]["recompute"] = 150, True
+    config["TrainConfig"] |= {"pack_tokens": 150, "recompute": True}
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     take_back(tmp_path, "round1")
     train(tmp_path, "--pack-tokens", "150", "--recompute", ranks=2)
@@ -106,8 +122,10 @@ def test_forward_passes_of_few_tokens_are_the_same_step(finished, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_training_ends_with_the_same_weights(finished, tmp_path, ranks):
-    """Catches a resumed run that repeats or skips a step, or loses the optimizer's state: bit for bit, also in the log."""
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    """Catches a resumed run that repeats or skips a step, or loses the optimizer's state: bit for
+    bit, also in the log."""
+    undisturbed = tmp_path / "undisturbed"
+    killed = tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()
         if ranks == 1:
@@ -119,9 +137,12 @@ def test_killed_training_ends_with_the_same_weights(finished, tmp_path, ranks):
         train(undisturbed, ranks=ranks)
     kill_at(killed, "sft", 4, ranks=ranks)
     kill_at(killed, "round1", 3, ranks=ranks)
-    before = {line for line in open(killed / "out" / "log.jsonl") if '"step": 0,' in line or '"step": 1,' in line}
+    lines = open(killed / "out" / "log.jsonl").readlines()
+    before = {line for line in lines if '"step": 0,' in line or '"step": 1,' in line}
     train(killed, ranks=ranks)
-    assert len(before) == 4 and before <= set(open(killed / "out" / "log.jsonl"))  # not trained again: the speeds are the same
+    assert len(before) == 4
+    # not trained again: the speeds are the same
+    assert before <= set(open(killed / "out" / "log.jsonl"))
     against = finished if ranks == 1 else undisturbed
     for stage in ("sft", "round1"):
         same(weights(killed, stage), weights(against, stage), 0)
@@ -140,15 +161,21 @@ def test_a_stale_reference_is_refused(finished, tmp_path):
     path.write_text("\n".join([json.dumps(tree), *lines[1:]]) + "\n")
     process = start(tmp_path)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 2 and "reference.safetensors is of other trees" in errors.splitlines()[-1]
+    assert process.returncode == 2
+    assert "reference.safetensors is of other trees" in errors.splitlines()[-1]
 
 
 def test_groups_are_sampled_from_sharded_weights(tmp_path):
-    """Catches GRPO that samples from another policy than the one it trains, or rewards that are lost: two ranks and one must agree."""
-    words = ["--objective", "grpo", "--tune-epochs", "1", "--sft-questions", "500", "--sft-steps", "250", "--sft-lr", "3e-3", "--save-every", "1000"]
+    """Catches GRPO that samples from another policy than the one it trains, or rewards that are
+    lost: two ranks and one must agree."""
+    words = """
+        --objective grpo --tune-epochs 1 --sft-questions 500 --sft-steps 250 --sft-lr 3e-3
+        --save-every 1000
+    """.split()
     train(tmp_path, *words)
     wanted = log(tmp_path, "round1")
-    assert len(wanted) == 2 and all(line["grad_norm"] > 0 and "policy" not in line for line in wanted)
+    assert len(wanted) == 2
+    assert all(line["grad_norm"] > 0 and "policy" not in line for line in wanted)
     take_back(tmp_path, "round1")
     train(tmp_path, *words, ranks=2)
     for one, two in zip(log(tmp_path, "round1"), wanted):
@@ -157,10 +184,10 @@ def test_groups_are_sampled_from_sharded_weights(tmp_path):
 
 
 def test_bfloat16_computes_over_float32_weights(finished, tmp_path):
-    """Catches master weights rounded to bfloat16 (steps of lr 1e-3 would be lost), and a flag without effect."""
+    """Catches master weights rounded to bfloat16 (steps of lr 1e-3 would be lost), and a flag
+    without effect."""
     train(tmp_path, "--dtype", "bfloat16", "--rounds", "0")
-    ours, theirs = log(tmp_path, "sft"), log(finished, "sft")
-    for one, two in zip(ours, theirs):
+    for one, two in zip(log(tmp_path, "sft"), log(finished, "sft"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=0.02) and one["loss"] != two["loss"]
     kept = weights(tmp_path, "sft")
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())

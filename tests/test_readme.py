@@ -1,85 +1,119 @@
-"""What the README says of the code is so: line counts, functions, commands, files. `python tests/test_readme.py` brings the line counts up to date."""
-import ast
-import pydoc
+"""What the pages say is so: commands, flags, files, pasted outputs, and the README's length."""
+
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-ROW = re.compile(r"^\| (\S+) \| (\d+) \|", re.MULTILINE)
+sys.path.insert(0, str(ROOT / "experiments"))
+import readme  # noqa: E402, I001
+
+PAGES = [*readme.PAGES, "CONTRIBUTING.md", "RESULTS.md", "experiments/tables.md"]
+COMMANDS = {  # what knows flags
+    "train.py": [],
+    "mcts.py": [],
+    "eval.py": [],
+    "experiments/bench.py": ["search"],
+    "experiments/search_speed.py": ["growth"],
+    "experiments/same_tokens.py": [],
+    "experiments/run.py": [],
+    "experiments/why.py": [],
+    "experiments/gpu.py": [],
+    "experiments/gsm8k.py": [],
+}
+OTHERS = {"--index-url", "--nproc-per-node", "--dist"}  # flags of pip, torchrun and pytest
 
 
-def lines_of(name: str) -> int:
-    return sum(len(path.read_text().splitlines()) for path in ([ROOT / name] if name.endswith(".py") else sorted((ROOT / name).glob("*.py"))))
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
 
 
-def table() -> dict[str, int]:
-    section = (ROOT / "README.md").read_text().split("## Files")[1].split("\n## ")[0]
-    return {name: int(count) for name, count in ROW.findall(section)}
+def test_the_readme_is_short():
+    """Catches a README that has grown past what a visitor reads: 1,500 words."""
+    assert len(text_of("README.md").split()) <= 1500
 
 
-def test_line_counts():
-    """Catches a table that has grown old, and modules that have grown long."""
-    assert table() == {name: lines_of(name) for name in table()} and len(table()) == 9
-    assert {name for name in table() if name.endswith(".py")} == {path.name for path in ROOT.glob("*.py")}
-    modules = [name for name in table() if name.endswith(".py")]
-    assert max(map(lines_of, modules)) <= 400 and sum(map(lines_of, modules)) < 2000
+def test_two_commands_stand_on_top():
+    """Catches a first screen without its two commands, or with a third."""
+    top = text_of("README.md").split("\n## ")[0]
+    found = re.findall(r"^    (\S.*)$", top, re.MULTILINE)
+    assert len(found) == 2 and all(line.startswith("bash setup.sh") for line in found)
+    assert found[0].endswith("train.py") and "pytest" in found[1]
 
 
-def test_functions_are_short():
-    """Catches functions of the modules that no longer fit on a screen."""
-    for path in ROOT.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < (60 if node.name == "optimize" else 40), f"{path.name}: {node.name}"
-
-
-def test_every_equation_names_a_function():
-    """Catches functions that were renamed or moved."""
-    sys.path.insert(0, str(ROOT))
-    section = (ROOT / "README.md").read_text().split("## The method on one page")[1].split("\n## ")[0]
-    names = re.findall(r"\| `([\w.]+)` \|", section)
-    assert len(names) >= 15
-    for name in names:
-        place = pydoc.locate(name)
-        assert place is not None and place.__doc__, f"{name} is not there, or has no docstring"
-        module = getattr(place, "__module__", None)  # a property has none
-        assert module is None or name.startswith(module + "."), f"{name} is passed on from {module}"
-
-
-def test_files_and_links_exist():
-    """Catches pictures, prompts and scripts that were moved."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "RESULTS.md").read_text()
-    tracked = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split())
-    for name in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text) + re.findall(r"(?:experiments|prompts|tests|tasks|support)/\w+\.\w+", text):
-        assert name.startswith("http") or not tracked or name in tracked or (ROOT / name).is_dir(), name
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_links_exist(page):
+    """Catches pictures, pages and scripts that were moved, and links to headings that are gone."""
+    text = text_of(page)
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    links += re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for link in links:
+        target, _, heading = link.partition("#")
+        if link.startswith("http"):
+            continue
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), link
+        if heading:
+            names = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in names]
+            assert heading in anchors, link
+    for name in re.findall(r"(?:experiments|prompts|tests|tasks|support|docs)/\w+\.\w+", text):
+        assert not listed or name in listed, name
 
 
 def test_commands_name_flags_that_exist():
-    """Catches flags in the README's commands that no command has."""
-    text = (ROOT / "README.md").read_text()
-    known = "".join(subprocess.run([sys.executable, ROOT / name, *more], capture_output=True, text=True).stdout for name, more in (
-        ("train.py", ["--help"]), ("mcts.py", ["--help"]), ("eval.py", ["--help"]), ("bench.py", ["search", "--help"]), ("bench.py", ["train", "--help"]),
-        ("experiments/same_tokens.py", ["--help"]), ("experiments/search_speed.py", ["growth", "--help"]), ("experiments/run.py", ["--help"]), ("experiments/why.py", ["--help"])))
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {"--index-url", "--nproc-per-node", "--dist"}:
-        assert re.search(re.escape(flag) + r"(?![\w-])", known), flag
+    """Catches flags in the pages' commands and texts that no command has."""
+    known = ""
+    for name, words in COMMANDS.items():
+        command = [sys.executable, ROOT / name, *words, "--help"]
+        known += subprocess.run(command, capture_output=True, text=True).stdout
+    for page in PAGES:
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text_of(page))) - OTHERS:
+            assert re.search(re.escape(flag) + r"(?![\w-])", known), f"{page}: {flag}"
 
 
 def test_outputs_are_pasted():
-    """Catches tables in the README that a hand has written: each stands between marks, names its commit, and ends as the script pastes it."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    import readme
-    text = (ROOT / "README.md").read_text()
-    blocks = [(match[2], match[0]) for match in readme.MARK.finditer(text)]
-    assert len(blocks) == text.count("    stage ") >= 2 and {command for command, _ in blocks} <= set(readme.commands(text))
-    for command, block in blocks:
-        rows = [line for line in block.splitlines() if line.startswith("    ")]
-        assert rows[0].startswith("    stage ") and re.fullmatch(r"    \(commit [0-9a-f]{7,}(, \d+ s)?\)", rows[-1]), command
-        assert readme.last_table("\n".join(line[4:] for line in ["    x", *rows[:-1]])) == [line[4:] for line in rows[:-1]]
+    """Catches tables that a hand has written: each stands between marks, names its commit, and ends
+    as the script pastes it."""
+    count = 0
+    for page in readme.PASTED:
+        text = text_of(page)
+        blocks = [(match[2], match[0]) for match in readme.MARK.finditer(text)]
+        assert len(blocks) == text.count("    stage "), page
+        for command, block in blocks:
+            rows = [line[4:] for line in block.splitlines() if line.startswith("    ")]
+            assert rows[0].startswith("stage "), command
+            assert re.fullmatch(r"\(commit [0-9a-f]{7,}(, \d+ s)?\)", rows[-1]), command
+            assert readme.last_table("\n".join(["x", *rows[:-1]])) == rows[:-1], command
+            count += 1
+    assert count >= 4
 
 
-if __name__ == "__main__":
-    text = (ROOT / "README.md").read_text()
-    before, after = text.split("## Files", 1)
-    (ROOT / "README.md").write_text(before + "## Files" + ROW.sub(lambda match: f"| {match[1]} | {lines_of(match[1])} |", after, count=9))
+def test_the_script_finds_the_commands():
+    """Catches a script that passes because it runs nothing."""
+    found = readme.commands("\n".join(text_of(page) for page in readme.PAGES))
+    assert sum("train.py" in command for command in found) >= 4
+    assert any("mcts.py" in command for command in found)
+    assert sum("eval.py" in command for command in found) >= 4
+    assert {name for page in readme.PAGES for name, _ in readme.EXAMPLE.findall(text_of(page))} == {
+        "sorting",
+        "dfs",
+        "olmo",
+        "puzzles",
+        "ipo",
+    }
+
+
+def test_named_tests_exist():
+    """Catches invariants of CONTRIBUTING.md whose test was renamed."""
+    text = text_of("CONTRIBUTING.md")
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert (ROOT / "tests" / name).exists(), name

@@ -1,31 +1,44 @@
 """The commands, from the outside: a small whole run, resuming, and what bad input gets."""
-import dataclasses
+
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from test_mcts import CONFIG, QUESTIONS
 
 import eval
 import mcts
 import train
-from conftest import ROOT
-from data import read_trees, run_command
-from eval import rescore
-from tasks.questions import split_of
+from data import load_questions, read_trees
+from mcts import search_trees
 from model import load_model
+from support.flags import run_command
+from svpo import rescore
+from tasks.built_in import split_of
 from train import order, schedule
 
-SMALL = ["--sft-questions", "200", "--search-questions", "12", "--valid-questions", "6", "--test-limit", "10", "--rounds", "2",
-         "--sft-steps", "40", "--sft-batch", "16", "--simulations", "4", "--tune-batch", "4"]
+SMALL = """
+    --sft-questions 200 --search-questions 12 --valid-questions 6 --test-limit 10 --rounds 2
+    --sft-steps 40 --sft-batch 16 --simulations 4 --tune-batch 4
+""".split()
 
 
 def command(*words, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, env=environment, timeout=200)
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +51,30 @@ def run(tmp_path_factory):
 
 
 def test_a_run_leaves_the_promised_folder(run):
-    """Catches stages that are not saved, a log without every step, and a table without a row or column."""
+    """Catches stages that are not saved, a log without every step, and a table without a row or
+    column."""
     folder, printed = run
     base = folder / "runs" / "arithmetic-seed0"
+    wanted = "config.json model.safetensors value_head.safetensors tokenizer.json eval.json"
     for stage in ("sft", "round1", "round2"):
         names = {path.name for path in (base / stage).iterdir()}
-        assert {"config.json", "model.safetensors", "value_head.safetensors", "tokenizer.json", "eval.json"} <= names
+        assert set(wanted.split()) <= names
         load_model(base / stage)
     assert len(read_trees(base / "round1" / "trees-0.jsonl")) == 12
     lines = [json.loads(line) for line in open(base / "log.jsonl")]
-    assert [sum(line["stage"] == stage for line in lines) for stage in ("sft", "round1", "round2")] == [40, 6, 6]
-    assert {"loss", "policy", "mse", "margin", "sft", "win_reward", "grad_norm", "unique_tokens_s"} <= set().union(*lines)
+    stages = [line["stage"] for line in lines]
+    assert [stages.count(stage) for stage in ("sft", "round1", "round2")] == [40, 6, 6]
+    figures = "loss policy mse margin sft win_reward grad_norm unique_tokens_s"
+    assert set(figures.split()) <= set().union(*lines)
     table = printed.split("unseen questions")[-1]
-    assert all(word in table for word in ("greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "siblings own", "siblings fixed", "sft", "round1", "round2"))
+    columns = ["greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "siblings own", "siblings fixed"]
+    for word in (*columns, "sft", "round1", "round2"):
+        assert word in table
 
 
 def test_the_run_is_drawn(run):
-    """Catches figures that only a finished run of all stages has, and a curve of equal budget that is left out."""
+    """Catches figures that only a finished run of all stages has, and a curve of equal budget that
+    is left out."""
     pytest.importorskip("matplotlib")
     folder, _ = run
     base = folder / "runs" / "arithmetic-seed0"
@@ -63,7 +83,8 @@ def test_the_run_is_drawn(run):
         if curve:
             (base / "curve.json").write_text(json.dumps(curve))
         done = command(ROOT / "eval.py", "--figures", "runs/arithmetic-seed0", cwd=folder)
-        assert done.returncode == 0 and "figures.png" in done.stdout and (base / "figures.png").stat().st_size > 20_000, done.stderr
+        assert done.returncode == 0 and "figures.png" in done.stdout, done.stderr
+        assert (base / "figures.png").stat().st_size > 20_000
         (base / "figures.png").unlink()
     (base / "curve.json").unlink()
 
@@ -72,17 +93,18 @@ def test_no_test_question_is_searched_or_trained_on(run):
     """Catches leaks between the splits, read off what a run really wrote."""
     folder, _ = run
     base = folder / "runs" / "arithmetic-seed0"
-    searched = [tree.question for number in (1, 2) for tree in read_trees(base / f"round{number}" / "trees-0.jsonl")]
+    files = [base / f"round{number}" / "trees-0.jsonl" for number in (1, 2)]
+    searched = [tree.question for file in files for tree in read_trees(file)]
     assert len(searched) == 24 and {split_of(text) for text in searched} == {"search"}
     answered = json.loads((base / "round2" / "eval.json").read_text())["answers"][0]["answers"]
-    from data import load_questions
     tested = {question.id: question.text for question in load_questions("arithmetic:test", 10)}
-    assert {row["id"] for row in answered} == set(tested) and {split_of(text) for text in tested.values()} == {"test"}
+    assert {row["id"] for row in answered} == set(tested)
+    assert {split_of(text) for text in tested.values()} == {"test"}
 
 
-def test_the_same_command_goes_on(run):
+def test_the_same_command_resumes(run):
     """Catches a second run that starts over, and one that mixes two configurations."""
-    folder, printed = run
+    folder, _ = run
     base = folder / "runs" / "arithmetic-seed0"
     before = load_model(base / "round2").state_dict()
     for name in ("config.json", "eval.json", "model.safetensors"):
@@ -93,56 +115,82 @@ def test_the_same_command_goes_on(run):
     again = command(ROOT / "train.py", *SMALL, cwd=folder)
     assert again.returncode == 0, again.stderr
     assert (base / "round2" / "trees-0.jsonl").read_text() == trees and "torn" in again.stdout
-    lines = [[{name: value for name, value in json.loads(line).items() if not name.endswith("_s")} for line in text.splitlines()]
-             for text in ((base / "log.jsonl").read_text(), log)]
-    assert lines[0] == lines[1]
-    assert all(torch.equal(value, before[key]) for key, value in load_model(base / "round2").state_dict().items())
-    other = command(ROOT / "train.py", *SMALL, "--seed", "1", "--beta", "0.7", "--out", "runs/arithmetic-seed0", cwd=folder)
-    assert other.returncode == 2 and "--seed" in other.stderr and "--beta" in other.stderr and len(other.stderr.splitlines()) == 1
+    assert without_speeds((base / "log.jsonl").read_text()) == without_speeds(log)
+    after = load_model(base / "round2").state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    others = "--seed 1 --beta 0.7 --out runs/arithmetic-seed0".split()
+    other = command(ROOT / "train.py", *SMALL, *others, cwd=folder)
+    assert other.returncode == 2 and len(other.stderr.splitlines()) == 1
+    assert "--seed" in other.stderr and "--beta" in other.stderr
+
+
+def without_speeds(log: str) -> list[dict]:
+    """The lines of a log.jsonl without what depends on the machine."""
+    rows = [json.loads(line) for line in log.splitlines()]
+    return [{name: row[name] for name in row if not name.endswith("_s")} for row in rows]
 
 
 def test_search_and_answering_alone(run):
     """Catches commands that need the training loop, and trees that are searched twice."""
     folder, _ = run
-    model = "runs/arithmetic-seed0/round2"
+    model = "--model runs/arithmetic-seed0/round2 --max-step-tokens 16".split()
     for total in (5, 8):
-        done = command(ROOT / "mcts.py", "--model", model, "--data", "arithmetic:search", "--out", "trees.jsonl", "--limit", total,
-                       "--max-step-tokens", "16", cwd=folder)
+        words = f"--data arithmetic:search --out trees.jsonl --limit {total}".split()
+        done = command(ROOT / "mcts.py", *model, *words, cwd=folder)
         assert done.returncode == 0, done.stderr
-        assert len({tree.id for tree in read_trees(folder / "trees.jsonl")}) == len(read_trees(folder / "trees.jsonl")) == total
-    done = command(ROOT / "eval.py", "--model", model, "--data", "arithmetic", "--limit", "8", "--trees", "trees.jsonl", "--strategy",
-                   "greedy", "beam:2,2", "--json", "out.json", "--max-step-tokens", "16", cwd=folder)
+        ids = [tree.id for tree in read_trees(folder / "trees.jsonl")]
+        assert len(set(ids)) == len(ids) == total
+    words = "--data arithmetic --limit 8 --trees trees.jsonl --strategy greedy beam:2,2".split()
+    done = command(ROOT / "eval.py", *model, *words, "--json", "out.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     row = json.loads((folder / "out.json").read_text())
-    assert [answer["questions"] for answer in row["answers"]] == [8, 8] and "siblings" in row and "beam:2,2" in done.stdout and "AUC" in done.stdout
+    assert [answer["questions"] for answer in row["answers"]] == [8, 8] and "siblings" in row
+    assert "beam:2,2" in done.stdout and "AUC" in done.stdout
 
 
 def test_real_questions_through_a_checkpoint(tmp_path, model_folder):
-    """Catches a path that only the built-in task can take: JSONL, a prompt file, held-out questions, no SFT."""
-    rows = [{"question": f"{a}+{b}", "answer": str((a + b) % 7)} for a in range(4) for b in range(5)]
+    """Catches a path that only the built-in task can take: JSONL, a prompt file, held-out
+    questions, no SFT."""
+    from transformers import AutoModelForCausalLM
+
+    rows = []
+    for a in range(4):
+        rows += [{"question": f"{a}+{b}", "answer": str((a + b) % 7)} for b in range(5)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "prompt.txt").write_text("1+1\n1+1=2 #### 2\n{question}\n")
-    words = [ROOT / "train.py", "--model", model_folder, "--data", "sums.jsonl", "--prompt", "prompt.txt", "--limit", "10",
-             "--simulations", "3", "--max-step-tokens", "8", "--max-depth", "3", "--cache-tokens", "8000", "--out", "out"]
-    done = command(*words, cwd=tmp_path)
+    words = """
+        --data sums.jsonl --prompt prompt.txt --limit 10 --simulations 3 --max-step-tokens 8
+        --max-depth 3 --cache-tokens 8000 --out out
+    """.split()
+    done = command(ROOT / "train.py", "--model", model_folder, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "held out" in done.stdout and len(read_trees(tmp_path / "out" / "round1" / "trees-0.jsonl")) == 8
-    assert read_trees(tmp_path / "out" / "round1" / "trees-0.jsonl")[0].nodes[0].tokens[:3] == [9, 2, 9]
-    from transformers import AutoModelForCausalLM
+    assert "the last 2 questions of sums.jsonl are the test questions" in done.stdout
+    trees = read_trees(tmp_path / "out" / "round1" / "trees-0.jsonl")
+    assert len(trees) == 8 and trees[0].nodes[0].tokens[:3] == [9, 2, 9]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "round1")
+
+
+TOO_LONG = "1+" * 400 + "1"  # a question that no context has room for
 
 
 def bad_inputs(folder: Path, model: Path):
     """(words after train.py, what the one line must name)."""
-    (folder / "good.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 1 + '{"question": "1+2", "answer": "3"}\n')
-    (folder / "torn.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+')
-    (folder / "long.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "' + "1+" * 400 + '1", "answer": "2"}\n')
+    row = '{"question": "1+1", "answer": "2"}\n'
+    (folder / "good.jsonl").write_text(row + '{"question": "1+2", "answer": "3"}\n')
+    (folder / "torn.jsonl").write_text(row + '{"question": "1+')
+    long = json.dumps({"question": TOO_LONG, "answer": "2"})
+    (folder / "long.jsonl").write_text(row + long + "\n")
+    (folder / "problems.jsonl").write_text('{"problem": "1+1", "solution": "", "answer": "2"}\n')
     (folder / "no_slot.txt").write_text("no place for the question")
     data = ["--data", "good.jsonl"]
     yield ["--model", "absent", *data], "absent"
     yield ["--model", model, "--data", "torn.jsonl"], "torn.jsonl, line 2"
     yield ["--model", model, "--data", "absent.jsonl"], "absent.jsonl"
     yield ["--model", model, "--data", "long.jsonl"], "long-2"
+    yield ["--model", model, "--data", "problems.jsonl"], "problems.jsonl, line 1: needs a non-"
+    yield ["--model", model, "--data", "gsm8k:problems.jsonl"], "read as a row of gsm8k"
+    yield ["--model", model, "--data", "math:absent.jsonl"], "there is no file 'absent.jsonl'"
+    yield ["--model", model, "--data", "math", "--data-dir", "."], "math/train.jsonl does not exist"
     yield ["--model", model, *data, "--prompt", "no_slot.txt"], "{question}"
     yield ["--model", model, *data, "--prompt", "absent.txt"], "absent.txt"
     yield ["--model", model], "--model tiny"
@@ -160,12 +208,14 @@ def bad_inputs(folder: Path, model: Path):
 
 
 def refused(main, words, capsys, monkeypatch) -> str:
-    """Run a command in this process; it must end with status 2 and one line on stderr, which is returned."""
+    """Run a command in this process; it must end with status 2 and one line on stderr, which is
+    returned."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         run_command(main)
     printed = capsys.readouterr().err
-    assert end.value.code == 2 and len(printed.splitlines()) == 1 and printed.startswith("error: "), (words, printed)
+    assert end.value.code == 2, words
+    assert len(printed.splitlines()) == 1 and printed.startswith("error: "), (words, printed)
     return printed
 
 
@@ -176,25 +226,30 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, model_folder, capsys, monk
         assert name in refused(train.main, [*words, "--out", "out"], capsys, monkeypatch), words
         assert not (tmp_path / "out").exists(), words
     done = command(ROOT / "train.py", "--no-such-flag", "1", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: unrecognized arguments: --no-such-flag 1\n"
+    assert done.returncode == 2
+    assert done.stderr == "error: unrecognized arguments: --no-such-flag 1\n"
 
 
 def test_bad_input_to_search_and_answering(tmp_path, model_folder, capsys, monkeypatch):
     """Catches tracebacks and spent hours before an unusable flag, file or folder is noticed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
-    (tmp_path / "long.jsonl").write_text('{"question": "' + "1+" * 400 + '1", "answer": "2"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": TOO_LONG, "answer": "2"}) + "\n")
     (tmp_path / "bad_trees.jsonl").write_text('{"id": 1}\n')
     common = ["--model", model_folder, "--data", "good.jsonl", "--max-step-tokens", "8"]
-    for main, words, name in ((mcts.main, common, "--out"), (mcts.main, [*common, "--out", "no/trees.jsonl"], "no/trees.jsonl"),
-                              (mcts.main, [*common, "--out", "bad_trees.jsonl"], "bad_trees.jsonl, line 1"),
-                              (mcts.main, [*common, "--out", "trees.jsonl", "--cache-tokens", "100"], "--cache-tokens"),
-                              (mcts.main, ["--model", model_folder, "--data", "long.jsonl", "--out", "trees.jsonl"], "long-1"),
-                              (eval.main, [*common, "--strategy", "beam:0,5"], "beam:0,5"),
-                              (eval.main, [*common, "--json", "no/out.json"], "no/out.json"),
-                              (eval.main, [*common, "--trees", "bad_trees.jsonl"], "bad_trees.jsonl, line 1"),
-                              (eval.main, ["--model", model_folder, "--data", "arithmetic:exam"], "arithmetic:exam"),
-                              (eval.main, ["--model", model_folder, "--data", "long.jsonl"], "long-1")):
+    long = ["--model", model_folder, "--data", "long.jsonl"]
+    for main, words, name in (
+        (mcts.main, common, "--out"),
+        (mcts.main, [*common, "--out", "no/trees.jsonl"], "no/trees.jsonl"),
+        (mcts.main, [*common, "--out", "bad_trees.jsonl"], "bad_trees.jsonl, line 1"),
+        (mcts.main, [*common, "--out", "trees.jsonl", "--cache-tokens", "100"], "--cache-tokens"),
+        (mcts.main, [*long, "--out", "trees.jsonl"], "long-1"),
+        (eval.main, [*common, "--strategy", "beam:0,5"], "beam:0,5"),
+        (eval.main, [*common, "--json", "no/out.json"], "no/out.json"),
+        (eval.main, [*common, "--trees", "bad_trees.jsonl"], "bad_trees.jsonl, line 1"),
+        (eval.main, ["--model", model_folder, "--data", "arithmetic:exam"], "arithmetic:exam"),
+        (eval.main, long, "long-1"),
+    ):
         assert name in refused(main, words, capsys, monkeypatch), words
         assert not (tmp_path / "trees.jsonl").exists()
 
@@ -202,8 +257,8 @@ def test_bad_input_to_search_and_answering(tmp_path, model_folder, capsys, monke
 def test_one_tree_file_holds_one_search(tmp_path, model_folder):
     """Catches trees of two models or settings in one file."""
     (tmp_path / "good.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
-    words = [ROOT / "mcts.py", "--model", model_folder, "--data", "good.jsonl", "--out", "trees.jsonl", "--cache-tokens", "8000",
-             "--simulations", "2", "--max-step-tokens", "8"]
+    words = "--data good.jsonl --out trees.jsonl --cache-tokens 8000 --simulations 2".split()
+    words = [ROOT / "mcts.py", "--model", model_folder, *words, "--max-step-tokens", "8"]
     assert command(*words, cwd=tmp_path).returncode == 0
     other = command(*words, "--c-puct", "2", cwd=tmp_path)
     assert other.returncode == 2 and "--c-puct 1.25 -> 2.0" in other.stderr
@@ -211,22 +266,27 @@ def test_one_tree_file_holds_one_search(tmp_path, model_folder):
 
 def test_a_loss_that_diverges_ends_the_run(tmp_path):
     """Catches training that goes on with NaN, and weights written from it."""
-    done = command(ROOT / "train.py", *SMALL, "--sft-lr", "1e30", "--rounds", "0", "--out", "out", cwd=tmp_path)
+    words = "--sft-lr 1e30 --rounds 0 --out out".split()
+    done = command(ROOT / "train.py", *SMALL, *words, cwd=tmp_path)
     message = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and message.startswith("error: sft, step") and "gradient norm" in message
+    assert done.returncode == 2
+    assert message.startswith("error: sft, step") and "gradient norm" in message
     assert not (tmp_path / "out" / "sft" / "config.json").exists()
 
 
 def test_data_order():
-    """Catches items left out or doubled within a pass, passes in the same order, and an order that depends on where it starts."""
+    """Catches items left out or doubled within a pass, passes in the same order, and an order that
+    depends on where it starts."""
     row = [index for step in range(7) for index in order(10, 3, 5 * step, 5)]
-    assert all(sorted(row[start:start + 10]) == list(range(10)) for start in (0, 10, 20))
-    assert row[:10] != row[10:20] and order(10, 3, 8, 9) == row[8:17] and order(10, 4, 0, 10) != row[:10]
+    assert all(sorted(row[start : start + 10]) == list(range(10)) for start in (0, 10, 20))
+    assert row[:10] != row[10:20] and order(10, 4, 0, 10) != row[:10]
+    assert order(10, 3, 8, 9) == row[8:17]
     assert len(order(3, 0, 0, 8)) == 8  # a step larger than the data
 
 
 def test_learning_rate_schedule():
-    """Catches a first step at rate 0, a peak that is not reached, and a rate that does not come down."""
+    """Catches a first step at rate 0, a peak that is not reached, and a rate that does not come
+    down."""
     rates = [schedule(step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1 and rates[99] < 0.001
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
@@ -234,30 +294,41 @@ def test_learning_rate_schedule():
 
 
 def test_rescore_replaces_scores_only(model, tokenizer):
-    """Catches values booked on other nodes, and pairs that change with the model that judges them."""
-    from mcts import search_trees
-    from test_mcts import CONFIG, QUESTIONS
+    """Catches values booked on other nodes, and pairs that change with the model that judges
+    them."""
     trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
-    blank = [dataclasses.replace(tree, nodes=[dataclasses.replace(node, value=9.0, logp=9.0) for node in tree.nodes]) for tree in trees]
+    blank = []
+    for tree in trees:
+        nodes = [replace(node, value=9.0, logp=9.0) for node in tree.nodes]
+        blank.append(replace(tree, nodes=nodes))
     for tree, again in zip(trees, rescore(model, blank)):
-        assert [node.value for node in again.nodes] == pytest.approx([node.value for node in tree.nodes], abs=1e-3)
-        assert [node.logp for node in again.nodes] == pytest.approx([node.logp for node in tree.nodes], abs=1e-3)
+        for name in ("value", "logp"):
+            wanted = [getattr(node, name) for node in tree.nodes]
+            assert [getattr(node, name) for node in again.nodes] == pytest.approx(wanted, abs=1e-3)
         assert [node.q_value for node in again.nodes] == [node.q_value for node in tree.nodes]
 
 
-@pytest.mark.parametrize("damage, name", [
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"broken"), "model.safetensors"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
-    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
-    (lambda folder: edit(folder, vocab_size=5), "vocabulary has 5"),
-    (lambda folder: edit(folder, hidden_act="relu"), "hidden_act"),
-    (lambda folder: edit(folder, num_hidden_layers=9), "missing tensor")])
-def test_bad_models_are_one_line_and_status_2(tmp_path, model_folder, damage, name, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "damage, name",
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"broken"), "model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+        (lambda folder: edit(folder, vocab_size=5), "vocabulary has 5"),
+        (lambda folder: edit(folder, hidden_act="relu"), "hidden_act"),
+        (lambda folder: edit(folder, num_hidden_layers=9), "missing tensor"),
+    ],
+)
+def test_bad_models_are_one_line_and_status_2(
+    tmp_path, model_folder, damage, name, capsys, monkeypatch
+):
     """Catches checkpoints that load in part, and tokenizers of another model."""
     damage(model_folder)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "good.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2", "answer": "3"}\n')
-    assert name in refused(train.main, ["--model", model_folder, "--data", "good.jsonl", "--out", "out"], capsys, monkeypatch)
+    rows = [{"question": "1+1", "answer": "2"}, {"question": "1+2", "answer": "3"}]
+    (tmp_path / "good.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model", model_folder, "--data", "good.jsonl", "--out", "out"]
+    assert name in refused(train.main, words, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,732 @@
+"""The engine: runs many searches at once over one tree-shaped cache.
+
+A search is a generator. It yields the nodes that it wants extended, a node once for each sampled
+child, and receives the children, or an empty list if the cache has no room left for more. What it
+returns is its result. The engine knows nothing of how a search chooses: `mcts.mcts` and the
+strategies of eval.py run on it alike. docs/engine.md follows one expansion through this file.
+
+Each question that is searched has a row of the cache, and each row has lanes. A lane decodes one
+step: in every tick each live lane samples a token and feeds it. A step starts from the hidden state
+that its parent's last token left, so every token of a tree is fed exactly once.
+
+Dimension key: B rows (questions searched at once), N lanes of a row, W all lanes (lane w is column
+w % N of row w // N), X tokens of one flat line (those fed in a pass), R rows that a pass of prompts
+touches, T tokens of the longest prompt of a pass, S slots of a row (or places of its store),
+C tokens of a step, L layers, D width, V vocabulary, H query heads, G key/value heads, K head width.
+"""
+
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Question, SourceConfig, StepTokenizer, find_source, load_questions
+from model import Llama, LlamaConfig, load_model
+from support.flags import InputError
+from support.graphs import Graphed
+from support.progress import progress
+from support.ranks import device_of
+from tasks.built_in import is_built_in
+from tasks.code_steps import ends_code, output_tokens
+from tasks.grading import extract_answer
+
+CODE_TOKENS = 128  # least --max-step-tokens for steps that hold code and its output
+
+
+# --------------------------------------------------------------------------------------- what grows
+
+
+@dataclass(eq=False)
+class Node:
+    """A step, and the partial solution that ends with it.
+
+    The engine sets what it sampled; mcts.py fills in the counts. There is one player: values never
+    change sign on the way up.
+    """
+
+    parent: "Node | None" = None
+    tokens: list[int] = field(default_factory=list)
+    logp: float = 0.0  # sum of the sampled tokens' untempered log-probabilities, in nats
+    value: float = 0.0  # V, read at the step's last token
+    ending: str | None = None  # terminal: "answer", "eos", "cut" or "deep"
+    reward: float | None = None  # outcome of a terminal node
+    children: list["Node"] = field(default_factory=list)
+    visit_count: int = 0  # N
+    value_sum: float = 0.0  # W
+    closed: bool = False  # nothing below is left to select
+    text: str = ""
+    sampled: list[bool] = field(default_factory=list)  # which tokens the model wrote; empty: all
+    position: int = 0  # tokens on the path, the prompt's and this step's included
+
+    @property
+    def depth(self) -> int:
+        """Steps from the root; 0 for the root."""
+        return 0 if self.parent is None else self.parent.depth + 1
+
+    @property
+    def prior(self) -> float:
+        """exp(mean token log-probability), not normalised over siblings (AlphaMath code)."""
+        if self.parent is None:
+            return 1.0
+        count = sum(self.sampled) if self.sampled else len(self.tokens)
+        return math.exp(self.logp / max(1, count))
+
+    @property
+    def q_value(self) -> float:
+        """Q, the mean of all values backed up through this node; 0 before the first one
+        (AlphaMath eq. 4)."""
+        return self.value_sum / self.visit_count if self.visit_count else 0.0
+
+    def path(self) -> list["Node"]:
+        """The nodes from below the root down to this one."""
+        return [] if self.parent is None else self.parent.path() + [self]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a search asks of the engine."""
+
+    lanes: int  # steps decoded at once for a question, at most
+    temperature: float
+    expansions: int  # extensions that the cache has room for in any case; later ones may find none
+    paths: int = 1  # partial solutions extended at once, at most
+    steps_per_lane: int = 1  # steps that a lane writes by itself; 1: the search chooses after each
+
+
+class State(NamedTuple):
+    """What the engine keeps of a node that can be extended."""
+
+    hidden_D: Tensor  # final hidden state of its last token
+    place: int  # of its first token in the row's store
+
+
+@dataclass(eq=False)
+class Search:
+    """A search that runs in a row of the cache."""
+
+    question: Question
+    root: Node
+    generator: Generator
+    rng: np.random.Generator  # of its samples
+    states: dict[Node, State]
+    stored: int = 0  # tokens in the row's store
+    children: list[Node | None] = field(default_factory=list)  # complete ones, by lane
+
+
+# ---------------------------------------------------------------------------------------- the cache
+
+
+@dataclass(frozen=True)
+class Room:
+    """The room of the cache, in tokens."""
+
+    rows: int  # searches at once
+    slots: int  # of a row: the prompt, the paths being extended and their new steps
+    store: int  # of a row: complete steps of the tree
+    share: int  # of a search: its prompt and complete steps, at most
+
+    def for_steps(self, prompt_tokens: int) -> int:
+        """Tokens of complete steps that a search with such a prompt may store."""
+        return min(self.share - prompt_tokens, self.store)
+
+
+def reserve(prompts: list[int], demand: Demand, config, rows: int, fit: bool) -> Room:
+    """The room for searches whose prompts have these lengths.
+
+    `config` (mcts.SearchConfig) says the longest step and solution, and how many tokens the cache
+    holds. With `fit` there are as few rows as it takes to give every search all the room that it
+    may need; otherwise a search that has used up its share gets no more children. InputError if
+    the cache is too small.
+    """
+    longest = max(prompts, default=1)
+    new_steps = demand.lanes * config.max_step_tokens
+    if demand.steps_per_lane > 1:
+        beside_prompt = demand.steps_per_lane * new_steps
+        tree = 0
+    else:
+        beside_prompt = demand.paths * config.max_depth * config.max_step_tokens + new_steps
+        tree = demand.expansions * new_steps
+    if fit:
+        each = longest + beside_prompt + tree
+        rows = max(1, min(rows, config.cache_tokens // each))
+    share = config.cache_tokens // rows - beside_prompt
+    least = longest + (tree if fit else new_steps)
+    if share < least:
+        raise InputError(
+            f"--cache-tokens {config.cache_tokens}: {rows} questions at once need at least "
+            f"{rows * (beside_prompt + least)}"
+        )
+    store = min(tree, share - min(prompts, default=1))
+    used = max(1, min(rows, len(prompts)))
+    return Room(used, longest + beside_prompt, store, share)
+
+
+class TreeCache:
+    """Keys and values of many partial solutions: a row for each question, a slot for each token.
+
+    A forward pass feeds one flat line of X tokens without padding. `at` says beforehand which row,
+    lane and slot each token belongs to, and how many slots are read; the mask says which slots a
+    lane sees. Complete steps are copied to a second memory, the store, and those of a path that is
+    extended again are copied back. So a pass reads the slots of the paths being extended, not those
+    of the whole tree.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        rows: int,
+        slots: int,
+        store: int = 0,
+        device="cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        layers = config.num_hidden_layers
+        head = (config.num_key_value_heads, config.head_dim)
+        shape = (layers, 2, rows, slots, *head)
+        self.slots_L2BSGK = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (layers, 2, rows, store, *head)
+        self.store_L2BSGK = torch.zeros(shape, device=device, dtype=dtype)
+
+    def at(
+        self,
+        row_X: Tensor,
+        lane_X: Tensor,
+        slot_X: Tensor,
+        lanes: int,
+        length: int,
+        rows_R: Tensor | None = None,
+    ) -> "TreeCache":
+        """Describe the next pass, of `lanes` queries a row, which reads `length` slots.
+
+        `row_X` counts among the rows `rows_R` if these are given, else among all rows.
+        """
+        self.row_X = row_X
+        self.lane_X = lane_X
+        self.slot_X = slot_X
+        self.rows_R = rows_R
+        self.lanes = lanes
+        self.length = length
+        return self
+
+    def unroll(
+        self, layer: int, q_1XHK: Tensor, k_1XGK: Tensor, v_1XGK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write keys and values; return queries (B, N, H, K), keys and values (B, S, G, K)."""
+        memory_2BSGK = self.slots_L2BSGK[layer]
+        row_X = self.row_X if self.rows_R is None else self.rows_R[self.row_X]
+        memory_2BSGK[0, row_X, self.slot_X] = k_1XGK[0]
+        memory_2BSGK[1, row_X, self.slot_X] = v_1XGK[0]
+        if self.rows_R is None:
+            read_2BSGK = memory_2BSGK[:, :, : self.length]
+        else:
+            read_2BSGK = memory_2BSGK[:, self.rows_R, : self.length]
+        q_BNHK = q_1XHK.new_zeros(read_2BSGK.shape[1], self.lanes, *q_1XHK.shape[2:])
+        q_BNHK[self.row_X, self.lane_X] = q_1XHK[0]
+        return q_BNHK, read_2BSGK[0], read_2BSGK[1]
+
+    def roll_up(self, out_BNHK: Tensor) -> Tensor:
+        """The flat line again (1, X, H, K)."""
+        return out_BNHK[self.row_X, self.lane_X].unsqueeze(0)
+
+    def put_away(self, row: int, slot_C: Tensor, place: int):
+        """Copy a step's tokens from these slots of a row to its store, from `place` on."""
+        step = slice(place, place + len(slot_C))
+        self.store_L2BSGK[:, :, row, step] = self.slots_L2BSGK[:, :, row, slot_C]
+
+    def fetch(self, row: int, place_X: Tensor, slot: int):
+        """Copy tokens from these places of a row's store to its slots, from `slot` on."""
+        slots = slice(slot, slot + len(place_X))
+        self.slots_L2BSGK[:, :, row, slots] = self.store_L2BSGK[:, :, row, place_X]
+
+
+# ------------------------------------------------------------------------------------------- a tick
+
+
+class Tick:
+    """The part of a tick that the device does: sample a token in each lane and feed it."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: StepTokenizer,
+        cache: TreeCache,
+        lanes: int,
+        temperature: float,
+    ):
+        weight = model.output_weight()
+        rows = cache.slots_L2BSGK.shape[2]
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.lanes = lanes  # of a row
+        self.temperature = temperature
+        # final hidden state of each lane's newest token, which the next one is sampled from
+        self.hidden_WD = torch.zeros(
+            rows * lanes, weight.shape[1], device=weight.device, dtype=weight.dtype
+        )
+
+    def __call__(
+        self,
+        lane_X: Tensor,
+        uniform_X: Tensor,
+        given_X: Tensor,
+        slot_X: Tensor,
+        position_X: Tensor,
+        mask_B1NS: Tensor,
+    ) -> Tensor:
+        """(token, its log-probability, V after it) of each lane: (3, X), float64.
+
+        `uniform_X` are random numbers; a token of `given_X` that is not -1 is fed instead.
+        """
+        logits_XV = self.model.logits(self.hidden_WD[lane_X]).float()
+        token_X, logp_X = self.tokenizer.draw(logits_XV, uniform_X, self.temperature)
+        token_X = torch.where(given_X < 0, token_X, given_X)
+        row_X = lane_X // self.lanes
+        cache = self.cache.at(row_X, lane_X % self.lanes, slot_X, self.lanes, mask_B1NS.shape[3])
+        hidden_XD = self.model.hidden(token_X[None], position_X[None], mask_B1NS, cache)[0]
+        self.hidden_WD[lane_X] = hidden_XD
+        value_X = self.model.value(hidden_XD)
+        return torch.stack([token_X.double(), logp_X.double(), value_X.double()])
+
+
+@dataclass(eq=False)
+class Lane:
+    """A step that is being decoded, in one column of a row."""
+
+    number: int  # among all lanes
+    row: int
+    column: int
+    live: bool = False
+    parent: Node | None = None  # the node that it extends
+    uniform: list[float] = field(default_factory=list)  # random numbers, one for each token
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)  # which tokens the model wrote
+    slots: list[int] = field(default_factory=list)  # where each token lies in the row
+    given: list[int] = field(default_factory=list)  # tokens to feed next in place of sampled ones
+    position: int = 0  # of the newest token on its path
+    has_text: bool = False  # whether the step has visible text
+    logp: float = 0.0  # sum over the sampled tokens
+    value: float = 0.0  # V after the newest token
+    ending: str | None = None  # "delimiter", "eos" or "cut"
+
+    def start(self, parent: Node, uniform: np.ndarray):
+        """Begin a step of `parent`; `uniform` (C,) are its random numbers."""
+        self.live = True
+        self.parent = parent
+        self.uniform = uniform.astype(np.float32).tolist()
+        self.tokens, self.sampled, self.slots, self.given = [], [], [], []
+        self.position = parent.position - 1
+        self.has_text = False
+        self.logp = 0.0
+        self.ending = None
+
+    def add(self, token: int, logp: float, value: float):
+        """Note the token that has been fed, with its log-probability and V after it."""
+        sampled = not self.given
+        if sampled:
+            self.logp += logp
+        else:
+            self.given.pop(0)
+        self.tokens.append(token)
+        self.sampled.append(sampled)
+        self.value = value
+
+
+# --------------------------------------------------------------------------------------- the engine
+
+
+class Engine:
+    """Runs one search for each question, many at once, each at its own pace.
+
+    What a search samples, and when it runs out of room, depends on the seed, the question's id and
+    the configuration (and on rounding), not on the questions beside it. `config` is an
+    mcts.SearchConfig, `rows` the searches at once, at most; see `reserve` for `fit`. With `static`
+    (the default on CUDA) all ticks that read as many slots have the same shapes, and are replayed
+    as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: StepTokenizer,
+        questions: list[Question],
+        demand: Demand,
+        config,
+        rows: int,
+        seed: int = 0,
+        fit: bool = False,
+        static: bool | None = None,
+    ):
+        weight = model.output_weight()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.demand = demand
+        self.seed = seed
+        self.device = weight.device
+        self.static = self.device.type == "cuda" if static is None else static
+        self.step_tokens = config.max_step_tokens
+        self.context = model.config.max_position_embeddings
+        self.tables_4V = tokenizer.tables_4V.numpy()
+        waiting = self.encode_prompts(questions)
+        self.waiting = waiting[::-1]  # the next one last
+        prompts = [len(prompt) for _, prompt in waiting]
+        self.room = room = reserve(prompts, demand, config, rows, fit)
+        slots = room.slots + self.static  # one that nobody reads, for dead lanes of static ticks
+        self.cache = TreeCache(
+            model.config, room.rows, slots, room.store, self.device, weight.dtype
+        )
+        self.searches: list[Search | None] = [None] * room.rows
+        numbers = range(room.rows * demand.lanes)
+        self.lanes = [Lane(number, *divmod(number, demand.lanes)) for number in numbers]
+        self.next_slot = [0] * room.rows  # the first free slot of each row
+        # which slots each lane sees; one at least, since attention to nothing computes NaN
+        self.mask_BNS = np.zeros((room.rows, demand.lanes, room.slots), dtype=bool)
+        self.mask_BNS[:, :, 0] = True
+        self.tick = Tick(model, tokenizer, self.cache, demand.lanes, demand.temperature)
+        self.device_tick = Graphed(self.tick, self.tick.hidden_WD) if self.static else self.tick
+        self.sampled_tokens = 0
+        self.fed_tokens = 0
+        self.steps = 0
+        self.graded = 0  # questions whose trees hold outcomes
+        self.solved = 0  # of these, questions with a right answer
+
+    def encode_prompts(self, questions: list[Question]) -> list[tuple[Question, list[int]]]:
+        """Each question with its prompt; InputError if there is no room for a step beside it."""
+        if self.tokenizer.tools and self.step_tokens < CODE_TOKENS:
+            raise InputError(
+                f"--max-step-tokens {self.step_tokens}: steps with code and its output need at "
+                f"least {CODE_TOKENS}"
+            )
+        longest = self.context - self.step_tokens
+        return [
+            (question, self.tokenizer.encode_prompt(question, longest)) for question in questions
+        ]
+
+    def run(
+        self, start: Callable[[Question, Node], Generator], label: str
+    ) -> Iterator[tuple[Question, Node, object]]:
+        """Yield (question, root, result) as searches end, with a progress bar.
+
+        `start(question, root)` makes the search of a question.
+        """
+        begin = time.perf_counter()
+        with progress(self.results(start), label, len(self.waiting), "question") as bar:
+            for question, root, result in bar:
+                self.count_outcomes(root)
+                bar.set_postfix_str(self.pace(time.perf_counter() - begin), refresh=False)
+                yield question, root, result
+
+    @torch.inference_mode()
+    def results(self, start) -> Iterator[tuple[Question, Node, object]]:
+        """The same without the bar."""
+        prefix = self.feed_common_prefix()
+        while self.waiting or any(self.searches):
+            free = [row for row, search in enumerate(self.searches) if search is None]
+            # a few at a time, because their prompts are fed together
+            if self.waiting and 8 * len(free) >= len(self.searches):
+                yield from self.start_searches(free, prefix, start)
+            if any(lane.live for lane in self.lanes):
+                self.decode()
+                for row in self.finish_steps():
+                    complete = [child for child in self.searches[row].children if child]
+                    yield from self.advance(row, complete)
+
+    # -------------------------------------------------------------------------------------- prompts
+
+    def feed_common_prefix(self) -> int:
+        """Feed what all prompts begin with, as a rule a few-shot prompt, and keep a copy of it.
+
+        Returns its length in tokens.
+        """
+        prompts = sorted(prompt for _, prompt in self.waiting)
+        if len(prompts) < 2:
+            return 0
+        # what the first and the last in order share, all share
+        prefix = os.path.commonprefix([prompts[0][:-1], prompts[-1][:-1]])
+        if prefix:
+            self.feed_prompts([0], [prefix], 0)
+            self.prefix_L2SGK = self.cache.slots_L2BSGK[:, :, 0, : len(prefix)].clone()
+        return len(prefix)
+
+    def feed_prompts(self, rows: list[int], prompts: list[list[int]], begin: int) -> Tensor:
+        """Feed prompts from token `begin` on; returns their last hidden states (R, D)."""
+        lengths_R = np.array([len(prompt) - begin for prompt in prompts])
+        longest = int(lengths_R.max())
+        token_X = self.to_device(np.concatenate([prompt[begin:] for prompt in prompts]))
+        row_X = self.to_device(np.repeat(np.arange(len(rows)), lengths_R))
+        query_X = self.to_device(np.concatenate([np.arange(length) for length in lengths_R]))
+        position_X = query_X + begin
+        mask_TS = torch.ones(longest, begin + longest, dtype=torch.bool, device=self.device)
+        mask_R1TS = mask_TS.tril(begin).expand(len(rows), 1, -1, -1)
+        rows_R = self.to_device(np.array(rows))
+        cache = self.cache.at(row_X, query_X, position_X, longest, begin + longest, rows_R)
+        hidden_1XD = self.model.hidden(token_X[None], position_X[None], mask_R1TS, cache)
+        self.fed_tokens += len(token_X)
+        return hidden_1XD[0, self.to_device(lengths_R.cumsum() - 1)]
+
+    def start_searches(self, free: list[int], prefix: int, start):
+        """Feed the prompts of the next questions together, and start their searches."""
+        batch = [self.waiting.pop() for _ in free[: len(self.waiting)]]
+        rows = free[: len(batch)]
+        if prefix:
+            self.cache.slots_L2BSGK[:, :, rows, :prefix] = self.prefix_L2SGK[:, :, None]
+        hidden_RD = self.feed_prompts(rows, [prompt for _, prompt in batch], prefix)
+        value_R = self.model.value(hidden_RD).tolist()
+        for index, (question, prompt) in enumerate(batch):
+            root = Node(tokens=prompt, value=value_R[index], position=len(prompt))
+            rng = np.random.default_rng([self.seed, zlib.crc32(question.id.encode())])
+            states = {root: State(hidden_RD[index], 0)}
+            search = Search(question, root, start(question, root), rng, states)
+            self.searches[rows[index]] = search
+            yield from self.advance(rows[index], None)
+
+    # ------------------------------------------------------------------------------------- searches
+
+    def advance(self, row: int, children: list[Node] | None):
+        """Hand the complete children to a row's search, None to start it.
+
+        Then start the steps that it asks for; if it ends, yield its result and free the row.
+        """
+        search = self.searches[row]
+        try:
+            parents = search.generator.send(children)
+            while not self.has_room(search, parents):
+                parents = search.generator.send([])
+        except StopIteration as end:
+            self.searches[row] = None
+            yield search.question, search.root, end.value
+            return
+        self.load_paths(row, parents)
+        search.children = [None] * self.demand.lanes
+        for lane, parent in zip(self.lanes_of(row), parents):
+            self.tick.hidden_WD[lane.number] = search.states[parent].hidden_D
+            lane.start(parent, search.rng.random(self.step_tokens))
+
+    def has_room(self, search: Search, parents: list[Node]) -> bool:
+        """Whether the store of a row can take a new step of each of these nodes."""
+        if self.demand.steps_per_lane > 1:  # their steps are not stored
+            return True
+        new = len(parents) * self.step_tokens
+        return search.stored + new <= self.room.for_steps(len(search.root.tokens))
+
+    def load_paths(self, row: int, parents: list[Node]):
+        """Copy the paths of the nodes to extend into a row's slots, behind the prompt."""
+        search = self.searches[row]
+        prompt = len(search.root.tokens)
+        paths = [parent.path() for parent in parents]
+        slots = {}  # node -> its slots; nodes that paths share are copied once
+        places = []
+        end = prompt
+        for node in [node for path in paths for node in path]:
+            if node not in slots:
+                count = len(node.tokens)
+                slots[node] = slice(end, end + count)
+                end += count
+                place = search.states[node].place
+                places.append(np.arange(place, place + count))
+        if places:
+            self.cache.fetch(row, self.to_device(np.concatenate(places)), prompt)
+        self.mask_BNS[row] = False
+        self.mask_BNS[row, :, :prompt] = True
+        for column, path in enumerate(paths):
+            for node in path:
+                self.mask_BNS[row, column, slots[node]] = True
+        self.next_slot[row] = end
+
+    # --------------------------------------------------------------------------------------- a tick
+
+    def lanes_of(self, row: int) -> list[Lane]:
+        """The lanes of a row."""
+        first = row * self.demand.lanes
+        return self.lanes[first : first + self.demand.lanes]
+
+    def decode(self):
+        """Sample the next token of every live lane, feed it, and see whether it ends the step."""
+        live = [lane for lane in self.lanes if lane.live]
+        for lane in live:
+            lane.slots.append(self.next_slot[lane.row])
+            lane.position += 1
+            self.next_slot[lane.row] += 1
+        self.fed_tokens += len(live)
+        self.sampled_tokens += sum(not lane.given for lane in live)
+        token_X, logp_X, value_X = self.sample_and_feed(live).tolist()
+        for lane, token, logp, value in zip(live, token_X, logp_X, value_X):
+            lane.add(int(token), logp, value)
+        self.mark_endings(live)
+
+    def sample_and_feed(self, live: list[Lane]) -> np.ndarray:
+        """Run the device's part of the tick: (token, log-probability, V) of live lanes (3, X)."""
+        lane_X = np.array([lane.number for lane in live])
+        uniform_X = np.array([lane.uniform[len(lane.tokens)] for lane in live], dtype=np.float32)
+        given_X = np.array([lane.given[0] if lane.given else -1 for lane in live])
+        slot_X = np.array([lane.slots[-1] for lane in live])
+        position_X = np.array([lane.position for lane in live])
+        row_X, column_X = np.divmod(lane_X, self.demand.lanes)
+        self.mask_BNS[row_X, column_X, slot_X] = True
+        mask_B1NS = self.mask_BNS[:, None, :, : self.slots_to_read()]
+        inputs = [lane_X, uniform_X, given_X, slot_X, position_X]
+        if self.static:  # dead lanes go along, to a slot that nobody reads
+            idle = (np.arange(len(self.lanes)), 0.0, -1, self.room.slots, 0)
+            inputs = [self.spread(lane_X, *pair) for pair in zip(inputs, idle)]
+        found_3X = self.device_tick(*map(self.to_device, (*inputs, mask_B1NS))).cpu().numpy()
+        return found_3X[:, lane_X] if self.static else found_3X
+
+    def spread(self, lane_X: np.ndarray, live_X: np.ndarray, idle) -> np.ndarray:
+        """An input of the live lanes as one of all lanes (W,), with `idle` for the dead ones."""
+        input_W = np.full(len(self.lanes), idle, dtype=live_X.dtype)
+        input_W[lane_X] = live_X
+        return input_W
+
+    def slots_to_read(self) -> int:
+        """How many slots of each row a pass reads: whole blocks, so that there are few lengths."""
+        block = 256 if self.static else 64
+        blocks = math.ceil(max(self.next_slot) / block)
+        return min(self.room.slots, blocks * block)
+
+    def mark_endings(self, live: list[Lane]):
+        """See which steps the newest tokens have ended, and how. A given token ends nothing."""
+        kinds = self.tables_4V[:, [lane.tokens[-1] for lane in live]].T.tolist()
+        candidates = []
+        for lane, (eos, may_end, text, text_before) in zip(live, kinds):
+            if len(lane.tokens) >= self.step_tokens:
+                lane.ending = "cut"
+            if not lane.sampled[-1]:
+                continue
+            # a delimiter ends a step once there is visible text before it
+            if may_end and (lane.has_text or text_before):
+                candidates.append(lane)
+            lane.has_text |= text
+            if eos:
+                lane.ending = "eos"
+        if self.tokenizer.long_delimiter:
+            candidates = self.read_delimiters(candidates)
+        for lane in candidates:
+            if lane.ending != "eos":
+                lane.ending = "delimiter"
+
+    def read_delimiters(self, candidates: list[Lane]) -> list[Lane]:
+        """Those of the lanes whose texts complete a delimiter of several characters.
+
+        Code that ends here runs, and its output becomes the lane's next tokens.
+        """
+        ended = []
+        code_ended = []
+        for lane in candidates:
+            text = self.text(lane.tokens)
+            before = self.text(lane.tokens[:-1])
+            if self.tokenizer.steps.ended(text, before):
+                ended.append(lane)
+            if self.tokenizer.tools and ends_code(text, before):
+                code_ended.append(lane)
+        if code_ended:
+            self.run_code(code_ended)
+        return ended
+
+    def run_code(self, lanes: list[Lane]):
+        """Run the code that has ended in these lanes; its output becomes their next tokens."""
+        solutions = []
+        room = []
+        for lane in lanes:
+            steps = [node.text for node in lane.parent.path()]
+            solutions.append("".join(steps) + self.text(lane.tokens))
+            room.append(self.step_tokens - len(lane.tokens))
+        outputs = output_tokens(self.tokenizer, solutions, room)
+        for lane, left, output in zip(lanes, room, outputs):
+            lane.given = output[:left]
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of the tokens of a step."""
+        return self.tokenizer.tokenizer.decode(tokens)
+
+    # ------------------------------------------------------------------------------- complete steps
+
+    def finish_steps(self) -> list[int]:
+        """Make nodes of the steps that have ended; returns the rows that wait for no other step."""
+        ended = [lane for lane in self.lanes if lane.live and lane.ending]
+        self.steps += len(ended)
+        for lane in ended:
+            lane.live = False
+            search = self.searches[lane.row]
+            node = self.make_node(lane)
+            if node.ending is None and node.depth < self.demand.steps_per_lane:
+                # its hidden state is in the lane already
+                lane.start(node, search.rng.random(self.step_tokens))
+                continue
+            if node.ending is None and self.demand.steps_per_lane == 1:
+                self.keep_step(lane, node)
+            search.children[lane.column] = node
+        rows = sorted({lane.row for lane in ended})
+        return [row for row in rows if not any(lane.live for lane in self.lanes_of(row))]
+
+    def make_node(self, lane: Lane) -> Node:
+        """The step that has ended in a lane, as a child of the node that it extends."""
+        node = Node(
+            lane.parent,
+            lane.tokens,
+            lane.logp,
+            lane.value,
+            None if lane.ending == "delimiter" else lane.ending,
+            text=self.text(lane.tokens),
+            sampled=lane.sampled,
+            position=lane.parent.position + len(lane.tokens),
+        )
+        if node.ending != "cut" and extract_answer(node.text) is not None:
+            node.ending = "answer"
+        if node.ending is None and node.position + self.step_tokens > self.context:
+            node.ending = "deep"  # the context has no room for another step
+        return node
+
+    def keep_step(self, lane: Lane, node: Node):
+        """Move a complete step to the row's store, and keep the state that its children need."""
+        search = self.searches[lane.row]
+        hidden_D = self.tick.hidden_WD[lane.number].clone()
+        search.states[node] = State(hidden_D, search.stored)
+        slot_C = self.to_device(np.array(lane.slots))
+        self.cache.put_away(lane.row, slot_C, search.stored)
+        search.stored += len(node.tokens)
+
+    # ------------------------------------------------------------------------------------- its pace
+
+    def count_outcomes(self, root: Node):
+        """Count a search that has ended, for the share of solved questions."""
+        nodes = [root]
+        for node in nodes:
+            nodes += node.children
+        rewards = [node.reward for node in nodes if node.reward is not None]
+        self.graded += bool(rewards)
+        self.solved += 1 in rewards
+
+    def pace(self, seconds: float) -> str:
+        """Nodes and tokens a second, and the share of solved questions if outcomes are known."""
+        text = f"{self.steps / seconds:.0f} nodes/s, {self.sampled_tokens / seconds:.0f} tokens/s"
+        if self.graded:
+            text += f", {100 * self.solved / self.graded:.0f} % solved"
+        return text
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """An array as a tensor on the model's device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def load_source(
+    source: SourceConfig, question_seed: int = 0
+) -> tuple[Llama, StepTokenizer, list[Question]]:
+    """The model, its tokenizer and the questions that a command names."""
+    questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
+    folder, tokenizer = find_source(source)
+    # in the built-in tasks, what no word covers is end-of-text
+    ends = set(tokenizer.eos_ids) & set(tokenizer.encode_prompt(questions[0]))
+    if is_built_in(source.data) and ends:
+        raise InputError(
+            f"--data {source.data}: the tokenizer of {folder} does not know its words; the "
+            "model is of another task"
+        )
+    dtype = getattr(torch, source.dtype)
+    return load_model(folder, device_of(source), dtype, source.seed), tokenizer, questions

@@ -1,0 +1,154 @@
+"""Speed and memory against other programs, on the same weights, questions, pairs and token counts.
+
+    python experiments/bench.py search --model FOLDER --data questions.jsonl --prompt FILE
+                                            against `generate` of transformers
+    python experiments/bench.py train --model FOLDER --data questions.jsonl --trees trees.jsonl
+                                            against DPOTrainer of TRL
+    python experiments/bench.py gpu         one GPU against its own limits
+
+Each measurement runs in a process of its own. The sides take turns, and medians are printed. What
+the sides do stands in experiments/sides.py, and for `gpu` in experiments/gpu.py. The packages of
+tests/requirements.txt are needed.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from data import BUILT_IN, SourceConfig
+from experiments.sides import SIDES, BenchConfig, read_pairs
+from mcts import SearchConfig
+from support.flags import InputError, flag_name, parse_args, run_command
+
+
+def flags(*stages, **changes) -> list[str]:
+    """The stages' fields as words of a command line. Empty ones are left out: they are empty by
+    default."""
+    values = {}
+    for stage in stages:
+        values |= asdict(stage)
+    words = []
+    for name, value in (values | changes).items():
+        if isinstance(value, bool):
+            words.append(flag_name(name if value else f"no_{name}"))
+        elif value != "":
+            words += [flag_name(name), str(value)]
+    return words
+
+
+def last_line(text: str) -> str:
+    """The last line of what a command printed."""
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+def measure(stages: tuple, side: str, **changes) -> dict:
+    """One measurement in a process of its own."""
+    command = [sys.executable, __file__, "search", *flags(*stages, **changes, side=side)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"the measurement of {side} failed: {last_line(done.stderr)}")
+    found = json.loads(last_line(done.stdout))
+    nodes_s = found["nodes"] / found["seconds"]
+    tokens_s = found["sampled_tokens"] / found["seconds"]
+    return {**found, "nodes_s": nodes_s, "tokens_s": tokens_s}
+
+
+def alternate(stages: tuple, alternations: int, sides: tuple) -> dict[str, dict]:
+    """Medians of each side's figures. The sides take turns."""
+    rows = {side: [] for side in sides}
+    for _ in range(alternations):
+        for side in sides:
+            rows[side].append(measure(stages, side))
+    medians = {}
+    for side, found in rows.items():
+        medians[side] = {key: statistics.median(row[key] for row in found) for key in found[0]}
+    return medians
+
+
+def compare(stages: tuple, alternations: int, title: str, ours: str, peer: str):
+    """Print the medians of two sides, and their ratios."""
+    medians = alternate(stages, alternations, (ours, peer))
+    print(f"\n{title}, medians of {alternations}")
+    print(
+        f"{'':14}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}"
+        f"{'peak MB':>9}"
+    )
+    for side, row in medians.items():
+        print(
+            f"{side:14}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}"
+            f"{row['nodes']:8.0f}{row['sampled_tokens']:9.0f}{row['peak_mb']:9.0f}"
+        )
+    ratios = [medians[ours][key] / medians[peer][key] for key in ("nodes_s", "tokens_s")]
+    print(f"{'ratio':14}" + "".join(f"{ratio:10.2f}" for ratio in ratios))
+    fed = {side: row["fed_tokens"] / row["sampled_tokens"] for side, row in medians.items()}
+    text = ", ".join(f"{side} {share:.2f}" for side, share in fed.items())
+    print(f"fed tokens, prompts included, for each sampled token: {text}", flush=True)
+
+
+def compare_search(stages: tuple):
+    """Print the comparisons of tree search and of plain sampling."""
+    _, config, search = stages
+    title = (
+        f"MCTS, {config.questions} questions, {config.live} at once, "
+        f"{search.simulations} simulations of {search.expand_width}"
+    )
+    compare(stages, config.alternations, title, "ours", "peer")
+    title = f"sampling, 32 questions, {config.sample_tokens} tokens each"
+    compare(stages, config.alternations, title, "sample-ours", "sample-peer")
+
+
+def compare_training(stages: tuple):
+    """Print medians and ratios of our training and TRL's."""
+    source, config, _ = stages
+    read_pairs(source, config)  # bad input ends here, before a process is started
+    medians = alternate(stages, config.alternations, ("train-ours", "trl", "trl-precomputed"))
+    for row in medians.values():
+        row["whole"] = row["seconds"] + row["reference"]
+    ours = medians["train-ours"]
+    print(
+        f"one pass over {ours['pairs']:.0f} pairs of {ours['trees']:.0f} trees, "
+        f"medians of {config.alternations}"
+    )
+    print(
+        f"{'':18}{'seconds':>9}{'reference':>11}{'tokens':>9}{'peak MB':>9}{'loss':>12}"
+        "   ratio of seconds with reference, tokens, peak"
+    )
+    for side, row in medians.items():
+        ratios = [row[key] / ours[key] for key in ("whole", "processed", "peak_mb")]
+        print(
+            f"{side:18}{row['seconds']:9.1f}{row['reference']:11.1f}{row['processed']:9.0f}"
+            f"{row['peak_mb']:9.0f}{row['loss']:12.6f}   "
+            + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        )
+
+
+def main():
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    words = sys.argv[2:]
+    if command in ("", "-h", "--help"):
+        words = ["--help"]
+    elif command == "gpu":
+        sys.exit(subprocess.run([sys.executable, HERE / "gpu.py", *words]).returncode)
+    elif command not in ("search", "train"):
+        raise InputError(f"bench.py {command}: there are search, train and gpu")
+    configs = (SourceConfig, BenchConfig, SearchConfig)
+    stages = parse_args(__doc__, configs, words, ("model", "data"), BUILT_IN)
+    side = stages[1].side
+    if side and side not in SIDES:
+        raise InputError(f"--side {side}: there are {', '.join(SIDES)}")
+    if side:
+        print(json.dumps(SIDES[side](*stages)))
+    elif command == "search":
+        compare_search(stages)
+    else:
+        compare_training(stages)
+
+
+if __name__ == "__main__":
+    run_command(main)
