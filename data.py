@@ -245,7 +245,7 @@ def read_rows(
             raise InputError(f"{file}, line {number}: not valid JSON ({error})")
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise InputError(f"{file}, line {number}: a JSON object is wanted, not {kind}")
+            raise InputError(f"{file}, line {number}: expected a JSON object, got {kind}")
         yield number, row
 
 
@@ -269,7 +269,7 @@ def to_question(row: dict, dataset: str, where: str, identity: str) -> Question 
     question.id = question.id or identity
     letters = question.id + question.text + question.answer + (question.solution or "")
     if any("\ud800" <= letter <= "\udfff" for letter in letters):
-        raise InputError(f"{where}: half of a surrogate pair is no text")
+        raise InputError(f"{where}: the text contains an unpaired surrogate")
     return question
 
 
@@ -305,17 +305,18 @@ def load_questions(
     hard = [question.answer for question in questions if needs_algebra(question.answer)]
     if hard and not algebra.available():
         raise InputError(
-            f"{spec}: {len(hard)} answers, such as {hard[0]!r}, take algebra to compare: "
+            f"{spec}: {len(hard)} answers, such as {hard[0]!r}, can only be compared by algebra: "
             "pip install math-verify"
         )
     return questions
 
 
 def load_splits(run) -> dict[str, list]:
-    """Disjoint questions for a train.RunConfig.
+    """The questions of a run (train.RunConfig), by what they are for.
 
-    `sft` have worked solutions, `search` is a list for each round, `valid` serves sibling accuracy
-    (built-in tasks only), and `test` the table.
+    `sft` have worked solutions, `search` is a list for each round, `valid` serves sibling accuracy,
+    and `test` the table. Those of a built-in task are all disjoint. Of files, test questions are
+    kept out of training, every round searches the same questions, and there is no `valid`.
     """
     if is_built_in(run.data):
         count = run.rounds * run.search_questions
@@ -383,7 +384,7 @@ class StepTokenizer:
         self.chat = chat
         self.steps = steps
         self.tools = tools
-        # a longer delimiter may be spread over several tokens: whether it is there takes their text
+        # a longer delimiter may span tokens, so it must be looked for in the decoded text
         self.long_delimiter = len(steps.delimiter) > 1
         self.tables_4V = self.make_tables()
 
@@ -510,8 +511,11 @@ class TreeNode:
 
     parent: int  # index into Tree.nodes, always smaller than the node's own; -1 for the root
     tokens: list[int]
-    sampled: list[bool]  # which tokens the model wrote; the others are fed and carry no loss
-    logp: float = 0.0  # sum of the untempered log-probabilities of the sampled tokens, in nats
+    # which tokens the model wrote, or is to write (worked solutions); the others carry no loss
+    sampled: list[bool]
+    # sum of the untempered log-probabilities of these tokens, in nats, under the policy that grew
+    # the tree and its prompt; train.grow_trees replaces it by that of the reference
+    logp: float = 0.0
     prior: float = 1.0  # exp(mean token log-probability)
     visit_count: int = 0
     q_value: float = 0.0
@@ -529,7 +533,9 @@ class Tree:
     answer: str
     nodes: list[TreeNode]
     simulations: int = 0  # effective number
-    stopped: str = "simulations"  # or "exhausted", or "slots" when the cache was full
+    # why the search stopped: "simulations", "exhausted", "room" (it had used up its share of the
+    # cache); "samples" if the tree is a group of samples
+    stopped: str = "simulations"
     version: int = 1
 
     def path(self, index: int) -> list[int]:
@@ -653,30 +659,33 @@ def resume_trees(file: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
         found = read_trees(other, content[:whole])
         doubled = sum(tree.id in trees for tree in found)
         if doubled:
-            print(f"{other}: {doubled} questions have a tree elsewhere, too; the first one counts")
+            print(
+                f"{other}: {doubled} questions have a tree in another file; the first one is kept"
+            )
         trees = {tree.id: tree for tree in found} | trees
     return list(trees.values())
 
 
 # ----------------------------------------------------------------------------- what a command names
 
-BUILT_IN = Recipe(  # the defaults that differ where --data names a built-in task
+# the defaults that replace those of the dataclasses where --data names a built-in task
+BUILT_IN = Recipe(
     "built-in task",
     {
-        # searching
+        # mcts.SearchConfig
         "simulations": 12,
         "max_depth": 5,
         "max_step_tokens": 16,
         "search_temperature": 0.7,
         "search_rows": 128,
         "cache_tokens": 131072,
-        # answering
+        # eval.AnswerConfig
         "answer_temperature": 0.3,
         "answer_lanes": 512,
-        # the objective
+        # svpo.LossConfig
         "policy_weight": 0.05,
         "sft_weight": 1.0,
-        # training
+        # train.RunConfig and train.TrainConfig
         "rounds": 2,
         "sft_steps": 2000,
         "sft_batch": 32,

@@ -1,18 +1,20 @@
 """The engine: runs many searches at once over one tree-shaped cache.
 
-A search is a generator. It yields the nodes that it wants extended, a node once for each sampled
-child, and receives the children, or an empty list if the cache has no room left for more. What it
-returns is its result. The engine knows nothing of how a search chooses: `mcts.mcts` and the
-strategies of eval.py run on it alike. docs/engine.md follows one expansion through this file.
+A search is a generator. It yields a list of nodes to extend, in which a node appears once for each
+child to sample, and receives the children, or an empty list if the cache has no room left for
+them. What it returns is its result. The engine does not know how a search chooses: `mcts.mcts` and
+the strategies of eval.py run on it alike. `Demand` states what a search may ask for, and
+docs/engine.md follows one expansion through this file.
 
 Each question that is searched has a row of the cache, and each row has lanes. A lane decodes one
 step: in every tick each live lane samples a token and feeds it. A step starts from the hidden state
 that its parent's last token left, so every token of a tree is fed exactly once.
 
-Dimension key: B rows (questions searched at once), N lanes of a row, W all lanes (lane w is column
-w % N of row w // N), X tokens of one flat line (those fed in a pass), R rows that a pass of prompts
-touches, T tokens of the longest prompt of a pass, S slots of a row (or places of its store),
-C tokens of a step, L layers, D width, V vocabulary, H query heads, G key/value heads, K head width.
+Dimension key: B rows (questions searched at once), N lanes of a row, its columns, W all lanes
+(lane w is column w % N of row w // N), X tokens of one flat line (those fed in a pass), R rows that
+a pass of prompts touches, T tokens of the longest prompt of a pass, S slots of a row (or places of
+its store), C tokens of a step, L layers, D width, V vocabulary, H query heads, G key/value heads,
+K head width.
 """
 
 import math
@@ -45,17 +47,19 @@ CODE_TOKENS = 128  # least --max-step-tokens for steps that hold code and its ou
 
 @dataclass(eq=False)
 class Node:
-    """A step, and the partial solution that ends with it.
+    """A step, and the partial solution that ends with it. The root is the question's prompt.
 
     The engine sets what it sampled; mcts.py fills in the counts. There is one player: values never
-    change sign on the way up.
+    change sign on the way up. Endings: "answer" states an answer; "eos" ended without one; "cut" is
+    longer than a step may be; "deep" may have no further step, because of max_depth or the model's
+    context. None: the node can be extended.
     """
 
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
     logp: float = 0.0  # sum of the sampled tokens' untempered log-probabilities, in nats
     value: float = 0.0  # V, read at the step's last token
-    ending: str | None = None  # terminal: "answer", "eos", "cut" or "deep"
+    ending: str | None = None  # of terminal nodes
     reward: float | None = None  # outcome of a terminal node
     children: list["Node"] = field(default_factory=list)
     visit_count: int = 0  # N
@@ -63,7 +67,7 @@ class Node:
     closed: bool = False  # nothing below is left to select
     text: str = ""
     sampled: list[bool] = field(default_factory=list)  # which tokens the model wrote; empty: all
-    position: int = 0  # tokens on the path, the prompt's and this step's included
+    path_tokens: int = 0  # tokens of the prompt and of all steps down to this one
 
     @property
     def depth(self) -> int:
@@ -91,13 +95,24 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a search asks of the engine."""
+    """What a search may ask of the engine.
+
+    A search yields at least one node and at most `lanes`, of at most `paths` different ones, none
+    of them terminal. There are two modes. With `steps_per_lane` = 1 the search chooses after each
+    step, and complete steps are stored. Otherwise it asks once, for the root, and each lane writes
+    a whole solution of at most `steps_per_lane` steps by itself; nothing is stored.
+    """
 
     lanes: int  # steps decoded at once for a question, at most
     temperature: float
-    expansions: int  # extensions that the cache has room for in any case; later ones may find none
+    # how often a search asks; an engine that fits searches in (`reserve`) has room for all of these
+    expansions: int
     paths: int = 1  # partial solutions extended at once, at most
-    steps_per_lane: int = 1  # steps that a lane writes by itself; 1: the search chooses after each
+    steps_per_lane: int = 1
+
+    def __post_init__(self):
+        if min(self.lanes, self.expansions, self.paths, self.steps_per_lane) < 1:
+            raise ValueError("lanes, expansions, paths and steps must be at least 1")
 
 
 class State(NamedTuple):
@@ -130,52 +145,57 @@ class Room:
     rows: int  # searches at once
     slots: int  # of a row: the prompt, the paths being extended and their new steps
     store: int  # of a row: complete steps of the tree
-    share: int  # of a search: its prompt and complete steps, at most
+    tokens: int  # of a search: its prompt and complete steps, at most
 
     def for_steps(self, prompt_tokens: int) -> int:
         """Tokens of complete steps that a search with such a prompt may store."""
-        return min(self.share - prompt_tokens, self.store)
+        return min(self.tokens - prompt_tokens, self.store)
 
 
 def reserve(prompts: list[int], demand: Demand, config, rows: int, fit: bool) -> Room:
     """The room for searches whose prompts have these lengths.
 
-    `config` (mcts.SearchConfig) says the longest step and solution, and how many tokens the cache
-    holds. With `fit` there are as few rows as it takes to give every search all the room that it
-    may need; otherwise a search that has used up its share gets no more children. InputError if
-    the cache is too small.
+    `config` (mcts.SearchConfig) gives the longest step and solution, and how many tokens the cache
+    holds. With `fit` there are few enough rows that every search finds all the room it may need;
+    otherwise a search that has used up its share gets no more children. InputError if the cache is
+    too small.
+
+    Example: 4 lanes, steps of 16 tokens, at most 5 of them on a path, prompts of 10 tokens, 12
+    expansions. The slots take 10 + 5 * 16 + 4 * 16 = 154 tokens a row, and a whole tree takes
+    12 * 4 * 16 = 768 places of the store. With 131,072 tokens for 128 rows, each has 1,024: beside
+    the 144 slots behind its prompt a search may use 880 for its prompt and its tree.
     """
-    longest = max(prompts, default=1)
+    longest_prompt = max(prompts, default=1)
     new_steps = demand.lanes * config.max_step_tokens
     if demand.steps_per_lane > 1:
-        beside_prompt = demand.steps_per_lane * new_steps
-        tree = 0
+        behind_prompt = demand.steps_per_lane * new_steps
+        whole_tree = 0
     else:
-        beside_prompt = demand.paths * config.max_depth * config.max_step_tokens + new_steps
-        tree = demand.expansions * new_steps
+        behind_prompt = demand.paths * config.max_depth * config.max_step_tokens + new_steps
+        whole_tree = demand.expansions * new_steps
     if fit:
-        each = longest + beside_prompt + tree
+        each = longest_prompt + behind_prompt + whole_tree
         rows = max(1, min(rows, config.cache_tokens // each))
-    share = config.cache_tokens // rows - beside_prompt
-    least = longest + (tree if fit else new_steps)
-    if share < least:
+    tokens = config.cache_tokens // rows - behind_prompt
+    least = longest_prompt + (whole_tree if fit else new_steps)
+    if tokens < least:
         raise InputError(
             f"--cache-tokens {config.cache_tokens}: {rows} questions at once need at least "
-            f"{rows * (beside_prompt + least)}"
+            f"{rows * (behind_prompt + least)}"
         )
-    store = min(tree, share - min(prompts, default=1))
-    used = max(1, min(rows, len(prompts)))
-    return Room(used, longest + beside_prompt, store, share)
+    store = min(whole_tree, tokens - min(prompts, default=1))
+    used_rows = max(1, min(rows, len(prompts)))
+    return Room(used_rows, longest_prompt + behind_prompt, store, tokens)
 
 
 class TreeCache:
     """Keys and values of many partial solutions: a row for each question, a slot for each token.
 
     A forward pass feeds one flat line of X tokens without padding. `at` says beforehand which row,
-    lane and slot each token belongs to, and how many slots are read; the mask says which slots a
-    lane sees. Complete steps are copied to a second memory, the store, and those of a path that is
-    extended again are copied back. So a pass reads the slots of the paths being extended, not those
-    of the whole tree.
+    column and slot each token belongs to, and how many slots are read; the mask says which slots
+    the query in a column sees. Complete steps are copied to a second memory, the store, and those
+    of a path that is extended again are copied back. So a pass reads the slots of the paths being
+    extended, not those of the whole tree.
     """
 
     def __init__(
@@ -197,28 +217,31 @@ class TreeCache:
     def at(
         self,
         row_X: Tensor,
-        lane_X: Tensor,
+        column_X: Tensor,
         slot_X: Tensor,
-        lanes: int,
+        columns: int,
         length: int,
         rows_R: Tensor | None = None,
     ) -> "TreeCache":
-        """Describe the next pass, of `lanes` queries a row, which reads `length` slots.
+        """Describe the next pass: `columns` queries per row, and how many slots each row reads.
 
         `row_X` counts among the rows `rows_R` if these are given, else among all rows.
         """
         self.row_X = row_X
-        self.lane_X = lane_X
+        self.column_X = column_X
         self.slot_X = slot_X
         self.rows_R = rows_R
-        self.lanes = lanes
+        self.columns = columns
         self.length = length
         return self
 
     def unroll(
         self, layer: int, q_1XHK: Tensor, k_1XGK: Tensor, v_1XGK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write keys and values; return queries (B, N, H, K), keys and values (B, S, G, K)."""
+        """Write new keys and values to their slots, and lay the pass out by rows.
+
+        Returns queries (B, N, H, K), and the keys and values that they may see (B, S, G, K).
+        """
         memory_2BSGK = self.slots_L2BSGK[layer]
         row_X = self.row_X if self.rows_R is None else self.rows_R[self.row_X]
         memory_2BSGK[0, row_X, self.slot_X] = k_1XGK[0]
@@ -227,13 +250,13 @@ class TreeCache:
             read_2BSGK = memory_2BSGK[:, :, : self.length]
         else:
             read_2BSGK = memory_2BSGK[:, self.rows_R, : self.length]
-        q_BNHK = q_1XHK.new_zeros(read_2BSGK.shape[1], self.lanes, *q_1XHK.shape[2:])
-        q_BNHK[self.row_X, self.lane_X] = q_1XHK[0]
+        q_BNHK = q_1XHK.new_zeros(read_2BSGK.shape[1], self.columns, *q_1XHK.shape[2:])
+        q_BNHK[self.row_X, self.column_X] = q_1XHK[0]
         return q_BNHK, read_2BSGK[0], read_2BSGK[1]
 
     def roll_up(self, out_BNHK: Tensor) -> Tensor:
         """The flat line again (1, X, H, K)."""
-        return out_BNHK[self.row_X, self.lane_X].unsqueeze(0)
+        return out_BNHK[self.row_X, self.column_X].unsqueeze(0)
 
     def put_away(self, row: int, slot_C: Tensor, place: int):
         """Copy a step's tokens from these slots of a row to its store, from `place` on."""
@@ -310,11 +333,11 @@ class Lane:
     sampled: list[bool] = field(default_factory=list)  # which tokens the model wrote
     slots: list[int] = field(default_factory=list)  # where each token lies in the row
     given: list[int] = field(default_factory=list)  # tokens to feed next in place of sampled ones
-    position: int = 0  # of the newest token on its path
+    position: int = 0  # index of the newest token on its path
     has_text: bool = False  # whether the step has visible text
     logp: float = 0.0  # sum over the sampled tokens
     value: float = 0.0  # V after the newest token
-    ending: str | None = None  # "delimiter", "eos" or "cut"
+    ending: str | None = None  # how the step has ended: "delimiter", "eos" or "cut"
 
     def start(self, parent: Node, uniform: np.ndarray):
         """Begin a step of `parent`; `uniform` (C,) are its random numbers."""
@@ -322,7 +345,7 @@ class Lane:
         self.parent = parent
         self.uniform = uniform.astype(np.float32).tolist()
         self.tokens, self.sampled, self.slots, self.given = [], [], [], []
-        self.position = parent.position - 1
+        self.position = parent.path_tokens - 1
         self.has_text = False
         self.logp = 0.0
         self.ending = None
@@ -347,7 +370,7 @@ class Engine:
 
     What a search samples, and when it runs out of room, depends on the seed, the question's id and
     the configuration (and on rounding), not on the questions beside it. `config` is an
-    mcts.SearchConfig, `rows` the searches at once, at most; see `reserve` for `fit`. With `static`
+    mcts.SearchConfig, and `rows` the most searches at once; see `reserve` for `fit`. With `static`
     (the default on CUDA) all ticks that read as many slots have the same shapes, and are replayed
     as CUDA graphs.
     """
@@ -410,26 +433,34 @@ class Engine:
         ]
 
     def run(
-        self, start: Callable[[Question, Node], Generator], label: str
+        self, start: Callable[[Question, Node], Generator], label: str, outcomes: bool = False
     ) -> Iterator[tuple[Question, Node, object]]:
-        """Yield (question, root, result) as searches end, with a progress bar.
+        """`results` with a progress bar.
 
-        `start(question, root)` makes the search of a question.
+        With `outcomes` the rewards of nodes are outcomes, and the share of solved questions is
+        shown.
         """
         begin = time.perf_counter()
         with progress(self.results(start), label, len(self.waiting), "question") as bar:
             for question, root, result in bar:
-                self.count_outcomes(root)
+                if outcomes:
+                    self.count_outcomes(root)
                 bar.set_postfix_str(self.pace(time.perf_counter() - begin), refresh=False)
                 yield question, root, result
 
     @torch.inference_mode()
-    def results(self, start) -> Iterator[tuple[Question, Node, object]]:
-        """The same without the bar."""
+    def results(
+        self, start: Callable[[Question, Node], Generator]
+    ) -> Iterator[tuple[Question, Node, object]]:
+        """Yield (question, root, result) as searches end.
+
+        `start(question, root)` makes the generator of a question, and `result` is what that
+        returned.
+        """
         prefix = self.feed_common_prefix()
         while self.waiting or any(self.searches):
             free = [row for row, search in enumerate(self.searches) if search is None]
-            # a few at a time, because their prompts are fed together
+            # at least an eighth of the rows at a time, because their prompts are fed together
             if self.waiting and 8 * len(free) >= len(self.searches):
                 yield from self.start_searches(free, prefix, start)
             if any(lane.live for lane in self.lanes):
@@ -461,12 +492,12 @@ class Engine:
         longest = int(lengths_R.max())
         token_X = self.to_device(np.concatenate([prompt[begin:] for prompt in prompts]))
         row_X = self.to_device(np.repeat(np.arange(len(rows)), lengths_R))
-        query_X = self.to_device(np.concatenate([np.arange(length) for length in lengths_R]))
-        position_X = query_X + begin
+        column_X = self.to_device(np.concatenate([np.arange(length) for length in lengths_R]))
+        position_X = column_X + begin
         mask_TS = torch.ones(longest, begin + longest, dtype=torch.bool, device=self.device)
         mask_R1TS = mask_TS.tril(begin).expand(len(rows), 1, -1, -1)
         rows_R = self.to_device(np.array(rows))
-        cache = self.cache.at(row_X, query_X, position_X, longest, begin + longest, rows_R)
+        cache = self.cache.at(row_X, column_X, position_X, longest, begin + longest, rows_R)
         hidden_1XD = self.model.hidden(token_X[None], position_X[None], mask_R1TS, cache)
         self.fed_tokens += len(token_X)
         return hidden_1XD[0, self.to_device(lengths_R.cumsum() - 1)]
@@ -480,7 +511,7 @@ class Engine:
         hidden_RD = self.feed_prompts(rows, [prompt for _, prompt in batch], prefix)
         value_R = self.model.value(hidden_RD).tolist()
         for index, (question, prompt) in enumerate(batch):
-            root = Node(tokens=prompt, value=value_R[index], position=len(prompt))
+            root = Node(tokens=prompt, value=value_R[index], path_tokens=len(prompt))
             rng = np.random.default_rng([self.seed, zlib.crc32(question.id.encode())])
             states = {root: State(hidden_RD[index], 0)}
             search = Search(question, root, start(question, root), rng, states)
@@ -497,8 +528,10 @@ class Engine:
         search = self.searches[row]
         try:
             parents = search.generator.send(children)
+            self.check_demand(parents)
             while not self.has_room(search, parents):
                 parents = search.generator.send([])
+                self.check_demand(parents)
         except StopIteration as end:
             self.searches[row] = None
             yield search.question, search.root, end.value
@@ -508,6 +541,15 @@ class Engine:
         for lane, parent in zip(self.lanes_of(row), parents):
             self.tick.hidden_WD[lane.number] = search.states[parent].hidden_D
             lane.start(parent, search.rng.random(self.step_tokens))
+
+    def check_demand(self, parents: list[Node]):
+        """Refuse nodes that the search's Demand does not cover; this is an error in its code."""
+        demand = self.demand
+        if not 0 < len(parents) <= demand.lanes or len(set(parents)) > demand.paths:
+            raise ValueError(
+                f"a search asked to extend {len(parents)} nodes, {len(set(parents))} of them "
+                f"different; its Demand allows {demand.lanes} lanes and {demand.paths} paths"
+            )
 
     def has_room(self, search: Search, parents: list[Node]) -> bool:
         """Whether the store of a row can take a new step of each of these nodes."""
@@ -591,7 +633,7 @@ class Engine:
         return min(self.room.slots, blocks * block)
 
     def mark_endings(self, live: list[Lane]):
-        """See which steps the newest tokens have ended, and how. A given token ends nothing."""
+        """Mark the lanes whose step ends with the newest token. Given tokens only fill it up."""
         kinds = self.tables_4V[:, [lane.tokens[-1] for lane in live]].T.tolist()
         candidates = []
         for lane, (eos, may_end, text, text_before) in zip(live, kinds):
@@ -675,11 +717,11 @@ class Engine:
             None if lane.ending == "delimiter" else lane.ending,
             text=self.text(lane.tokens),
             sampled=lane.sampled,
-            position=lane.parent.position + len(lane.tokens),
+            path_tokens=lane.parent.path_tokens + len(lane.tokens),
         )
         if node.ending != "cut" and extract_answer(node.text) is not None:
             node.ending = "answer"
-        if node.ending is None and node.position + self.step_tokens > self.context:
+        if node.ending is None and node.path_tokens + self.step_tokens > self.context:
             node.ending = "deep"  # the context has no room for another step
         return node
 
@@ -704,7 +746,7 @@ class Engine:
         self.solved += 1 in rewards
 
     def pace(self, seconds: float) -> str:
-        """Nodes and tokens a second, and the share of solved questions if outcomes are known."""
+        """Nodes and tokens per second, and the share of solved questions if outcomes are known."""
         text = f"{self.steps / seconds:.0f} nodes/s, {self.sampled_tokens / seconds:.0f} tokens/s"
         if self.graded:
             text += f", {100 * self.solved / self.graded:.0f} % solved"
@@ -718,7 +760,10 @@ class Engine:
 def load_source(
     source: SourceConfig, question_seed: int = 0
 ) -> tuple[Llama, StepTokenizer, list[Question]]:
-    """The model, its tokenizer and the questions that a command names."""
+    """The model, its tokenizer and the questions that a command names.
+
+    `question_seed` draws the questions of a built-in task.
+    """
     questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
     folder, tokenizer = find_source(source)
     # in the built-in tasks, what no word covers is end-of-text

@@ -321,8 +321,8 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
 def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
     """How well a model judges the steps of searched trees; `judged` are rescored with it.
 
-    `by_depth` has pairs a tree and the share that is ranked right, by V, by the implicit reward and
-    by mean log-probability (`pair_gaps`). Pooled over the steps of all trees: `calibration` of
+    `by_depth` has pairs per tree and the share that is ranked right, by V, by the implicit reward
+    and by mean log-probability (`pair_gaps`). Pooled over the steps of all trees: `calibration` of
     (V + 1) / 2 as the chance to end correctly, its expected error, and the AUC of V for last steps
     and the others, against the outcomes that search found.
     """
@@ -357,10 +357,10 @@ def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
 
 
 def pair_gaps(tree: Tree, judged: Tree, win: int, lose: int) -> tuple[float, float, float]:
-    """By how much a judge puts one sibling above another.
+    """By how much a judge puts one sibling above another, in three ways.
 
-    By V; by the implicit reward log pi - log ref (DPO section 4), with the policy that grew the
-    trees as the reference; and by the mean token log-probability.
+    By V; by the implicit reward (DPO section 4) without its factor beta, log pi - log ref, with the
+    policy that grew the trees as the reference; and by the mean token log-probability.
     """
 
     def scores(index):
@@ -401,7 +401,7 @@ def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
 
 
 def show_trees(file: Path, model: str) -> str:
-    """Draw the trees of a file as a page beside it; returns what there is to say of it."""
+    """Draw the trees of a file as a page beside it; returns a summary of one line."""
     trees = read_trees(file)
     out = file.with_suffix(".html")
     if not trees:
@@ -498,7 +498,7 @@ class EvalConfig:
     trees: str = flag(
         "",
         "judge the steps of these trees, whose policy is the reference of the implicit reward; "
-        "best of questions not trained on, searched with --no-leaf-value",
+        "preferably of questions not trained on, searched with --no-leaf-value",
     )
     figures: str = flag("", "draw this run folder, RUN/figures.png, and end; needs matplotlib")
     show: str = flag(
@@ -510,9 +510,9 @@ class EvalConfig:
 
 def main():
     drawing = any(word.startswith(("--show", "--figures")) for word in sys.argv)
-    stages = (SourceConfig, EvalConfig, SearchConfig, AnswerConfig)
+    kinds = (SourceConfig, EvalConfig, SearchConfig, AnswerConfig)
     required = () if drawing else ("model", "data")
-    configs = parse_args(__doc__, stages, sys.argv[1:], required, BUILT_IN)
+    configs = parse_args(__doc__, kinds, sys.argv[1:], required, BUILT_IN)
     source, config, search, answering = configs
     if config.show:
         print(show_trees(Path(config.show), source.model))

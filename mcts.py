@@ -35,9 +35,12 @@ from support.ranks import rank, world_size
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Tree search. Defaults are our choice; AlphaMath's values stand in the help."""
+    """Tree search. Defaults are our choice; AlphaMath's values stand in the help.
 
-    simulations: int = flag(16, "simulations a question at most; AlphaMath: 40", least=1)
+    data.BUILT_IN has the defaults of the built-in tasks.
+    """
+
+    simulations: int = flag(16, "simulations per question, at most; AlphaMath: 40", least=1)
     expand_width: int = flag(4, "children sampled at once; AlphaMath: 5", least=1)
     c_puct: float = flag(
         1.25,
@@ -74,7 +77,7 @@ def mcts(
             return simulation, "exhausted"
         children = yield [leaf] * config.expand_width
         if not children:
-            return simulation, "slots"
+            return simulation, "room"
         expand(leaf, children, config.max_depth)
         for child in leaf.children:
             if child.ending:
@@ -177,7 +180,7 @@ def search_trees(
         rng = random.Random(f"{seed} {question.id}")
         return mcts(root, config, outcome_of(question), rng)
 
-    ends = engine.run(start, label)
+    ends = engine.run(start, label, outcomes=True)
     return (to_tree(question, root, *result) for question, root, result in ends)
 
 
@@ -193,9 +196,9 @@ class TreesConfig:
 
 
 def main():
-    stages = (SourceConfig, TreesConfig, SearchConfig)
+    kinds = (SourceConfig, TreesConfig, SearchConfig)
     required = ("model", "data", "out")
-    source, target, search = parse_args(__doc__, stages, sys.argv[1:], required, BUILT_IN)
+    source, target, search = parse_args(__doc__, kinds, sys.argv[1:], required, BUILT_IN)
     out = Path(target.out)
     file = out
     if world_size() > 1:

@@ -5,9 +5,13 @@ load without conversion. One forward pass returns both heads: next-token logits,
 (-1, 1) of the partial solution that ends at each token (AlphaMath section 3: linear and tanh on the
 hidden state of the last token).
 
-Dimension key: B rows (trees or packs; 1 for a flat line), T tokens, S tokens that may be seen
-(cached and new), M tokens whose log-probability is read, D width, V vocabulary, H query heads,
-G key/value heads, Q queries of the heads that share a key, K head width.
+With a cache (engine.TreeCache) the tokens of many partial solutions are fed as one flat line, and
+only `Attention` sees the rows of the cache. Skip `cache` at a first reading.
+
+Dimension key: B rows (of a pack, or of a cache; 1 for a flat line), T tokens, N columns of a
+cache's row, S tokens that may be seen (cached and new), M tokens to score, D width, V vocabulary,
+H query heads, G key/value heads, Q queries of the heads that share a key, K head width, J pairs of
+its dimensions (K / 2).
 """
 
 import functools
@@ -113,8 +117,8 @@ class Attention(nn.Module):
         if cache is None:
             out_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, mask)
         else:  # from one flat line of tokens to the cache's rows, and back
-            q_BTHK, k_BSGK, v_BSGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
-            out_BTHK = cache.roll_up(self.attend_cached(q_BTHK, k_BSGK, v_BSGK, mask))
+            q_BNHK, k_BSGK, v_BSGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
+            out_BTHK = cache.roll_up(self.attend_cached(q_BNHK, k_BSGK, v_BSGK, mask))
         return self.o_proj(out_BTHK.reshape(B, T, -1))
 
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask) -> Tensor:
@@ -131,18 +135,18 @@ class Attention(nn.Module):
             )
         return attended.transpose(1, 2)
 
-    def attend_cached(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor) -> Tensor:
-        """Attention of new tokens to a cache (B, T, H, K).
+    def attend_cached(self, q_BNHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor) -> Tensor:
+        """Attention of new tokens to a cache (B, N, H, K).
 
         The heads that share a key stand in line as further queries of that key, so that keys are
-        read once, not once a head. `mask` (B, 1, Q, S) is laid out for that.
+        read once, not once per head. `mask` (B, 1, Q, S) is laid out for that (`Llama.hidden`).
         """
-        q_BHTK = q_BTHK.transpose(1, 2)
-        q_BGQK = q_BHTK.reshape(q_BHTK.shape[0], self.groups, -1, self.head_dim)
+        q_BHNK = q_BNHK.transpose(1, 2)
+        q_BGQK = q_BHNK.reshape(q_BHNK.shape[0], self.groups, -1, self.head_dim)
         k_BGSK = k_BSGK.transpose(1, 2)
         v_BGSK = v_BSGK.transpose(1, 2)
         out_BGQK = F.scaled_dot_product_attention(q_BGQK, k_BGSK, v_BGSK, attn_mask=mask)
-        return out_BGQK.reshape(q_BHTK.shape).transpose(1, 2)
+        return out_BGQK.reshape(q_BHNK.shape).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -235,7 +239,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Final hidden states (B, T, D); both heads are functions of them.
 
-        With a `cache` (engine.TreeCache) the tokens are one flat line of B = 1.
+        `mask` (B, 1, T, T) is True where a query may look, or a BlockMask; None is plain causal.
+        With a `cache` (engine.TreeCache) the tokens are one flat line of B = 1, and `mask`
+        (B, 1, N, S) is needed.
         """
         if position_BT is None:
             position_T = torch.arange(token_BT.shape[1], device=token_BT.device)
@@ -258,17 +264,17 @@ class Llama(nn.Module):
         They are computed anew, so that there is no buffer to lose on the meta device.
         """
         width = self.config.head_dim
-        exponent_K = torch.arange(0, width, 2, device=position_BT.device).float() / width
-        frequency_K = self.config.rope_theta**-exponent_K
+        exponent_J = torch.arange(0, width, 2, device=position_BT.device).float() / width
+        frequency_J = self.config.rope_theta**-exponent_J
         scaling = self.config.rope_scaling
         if scaling:  # long waves are stretched, short ones are not (LLaMA 3.1)
             length = scaling["original_max_position_embeddings"]
-            turns_K = length * frequency_K / (2 * math.pi)
+            turns_J = length * frequency_J / (2 * math.pi)
             low = scaling["low_freq_factor"]
             high = scaling["high_freq_factor"]
-            kept_K = ((turns_K - low) / (high - low)).clamp(0, 1)
-            frequency_K = kept_K * frequency_K + (1 - kept_K) * frequency_K / scaling["factor"]
-        angle_BT1K = (position_BT[..., None].float() * frequency_K).repeat(1, 1, 2).unsqueeze(2)
+            kept_J = ((turns_J - low) / (high - low)).clamp(0, 1)
+            frequency_J = kept_J * frequency_J + (1 - kept_J) * frequency_J / scaling["factor"]
+        angle_BT1K = (position_BT[..., None].float() * frequency_J).repeat(1, 1, 2).unsqueeze(2)
         return angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)
 
     def output_weight(self) -> Tensor:
@@ -295,9 +301,8 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(logits_BTV, value_BT). Without position and mask it is plain causal.
 
-        `mask` (B, 1, T, T) is True where a query may look. `read(hidden_BTD)`, if given, takes the
-        place of the heads; it is called here because FSDP holds the weights together only within
-        `forward`.
+        `mask` as in `hidden`. `read(hidden_BTD)`, if given, takes the place of both heads, and its
+        result is returned; it is called here because FSDP gathers the weights only for `forward`.
         """
         hidden_BTD = self.hidden(token_BT, position_BT, mask)
         if read:
@@ -332,8 +337,8 @@ def block_mask(subtree_end_BT: Tensor) -> BlockMask:
 def token_logp(hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor) -> Tensor:
     """log pi (M,) of each token, float32, from the final hidden state that predicts it.
 
-    The logits exist for a chunk of tokens at a time, also in the backward pass, which computes them
-    again. No (M, V) matrix is kept.
+    Logits are computed for chunks of tokens, and again in the backward pass, so at most LOGITS of
+    them are held at once.
     """
 
     def chunk_logp(hidden_MD, token_M):

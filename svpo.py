@@ -53,7 +53,7 @@ class LossConfig:
     margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for (m)", least=0)
     pairs: str = flag(
         "all",
-        "all: every pair of siblings that qualifies; best: one pair a parent",
+        "all: every pair of siblings that qualifies; best: one pair per parent",
         choices=("all", "best"),
     )
     min_gap: float = flag(0.5, "least Q_win - Q_lose of a pair", least=0)
@@ -123,13 +123,15 @@ def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
 
 
 # The next four return (weight, count) of each node: the log-probabilities of its tokens enter the
-# sum `weight` times, and their number enters the divisor `count` times.
+# loss `weight` times, and their number enters the divisor `count` times. The two differ in
+# `group_advantages` only, whose weights may be negative.
 
 
 def good_steps(tree: Tree) -> list[tuple[float, float]]:
     """SVPO's extra SFT term (SVPO summary: over correct solutions).
 
-    Our choice: steps with Q > 0 and a correct terminal at or below them, as all their ancestors.
+    Our choice: steps with Q > 0 and a correct terminal at or below them, if all their ancestors
+    qualify, too.
     """
     correct, _ = outcomes_below(tree)
     good = [True] + [False] * (len(tree.nodes) - 1)
@@ -295,8 +297,8 @@ class Pack:
     predictor_M: Tensor  # flat index of the token before it on its path, which predicts it
     node_M: Tensor  # which of the E nodes it belongs to
     last_E: Tensor  # flat index of each node's last token, where its value is read
-    node_E: list[TreeNode] = field(repr=False)  # the nodes, tree by tree in their stored order
-    first_node: list[int] = field(repr=False)  # index in node_E of each tree's root
+    nodes: list[TreeNode] = field(repr=False)  # all E nodes, tree by tree in their stored order
+    first_node: list[int] = field(repr=False)  # of each tree, the index of its root in `nodes`
 
 
 @dataclass
@@ -331,7 +333,8 @@ def cut(tree: Tree, number: int, row_tokens: int) -> list[Piece]:
     """The pieces of tree `number`: one, unless it is longer than a row.
 
     It is then cut between the root's children, and each piece begins with the root's tokens. A
-    piece that is still longer lengthens the rows.
+    piece that is still longer lengthens the rows. Example: a root of 2 tokens with subtrees of 3,
+    4 and 2 tokens, for rows of 8, becomes pieces of 2 + 3 and 2 + 4 + 2 tokens.
     """
     order, subtree = depth_first(tree)
     root = order[0]
@@ -349,14 +352,14 @@ def cut(tree: Tree, number: int, row_tokens: int) -> list[Piece]:
     pieces = []
     for part in parts:
         size = sum(len(tree.nodes[index].tokens) for index, _ in part)
-        pieces.append(Piece(number, part, [size, *subtree[1:]], size))
+        pieces.append(Piece(number, part, [size, *subtree[1:]], size))  # the root's is the piece
     return pieces
 
 
 def first_fit(sizes: list[int], width: int) -> list[tuple[int, int]]:
     """(row, column) of each piece in rows of `width` tokens.
 
-    The largest piece comes first; each goes into the first row that has room.
+    The largest piece comes first; each goes into the first row that has room for it.
     """
     free = []  # tokens left in each row
     places = [None] * len(sizes)
@@ -383,8 +386,11 @@ class Layout:
         self.last = [0] * nodes
 
     def add(self, piece: Piece, tree: Tree, first_node: int, row: int, column: int):
-        """Write a piece into a row, from `column` on; `first_node` is the pack's number of its
-        root."""
+        """Write a piece into a row, from `column` on.
+
+        `first_node` is the index of the tree's root in the pack. Flat indices count through the
+        rows: a token's is row * width + column.
+        """
         tails = {-1: None}  # node -> flat index of its last token
         for index, position in piece.order:
             node = tree.nodes[index]
@@ -407,10 +413,10 @@ class Layout:
 
 
 def pack(trees: list[Tree], row_tokens: int = 0, device="cpu") -> Pack:
-    """Pack trees into rows of at most `row_tokens` tokens; 0: of the largest tree's size.
+    """Pack trees into rows of `row_tokens` tokens (0: the largest tree's size; see `cut`).
 
-    On CUDA, rows are whole blocks of flex_attention. Every node keeps its place in `node_E`, so
-    losses do not depend on the packing. The tensors are on the CPU.
+    On CUDA, rows are whole blocks of flex_attention. Every node keeps its place in `nodes`, so
+    losses do not depend on the packing. The tensors are on the CPU; `device` chooses the width.
     """
     pieces = []
     for number, tree in enumerate(trees):
@@ -442,7 +448,10 @@ def pack(trees: list[Tree], row_tokens: int = 0, device="cpu") -> Pack:
 
 
 def group_by_tokens(trees: list[Tree], tokens: int) -> list[list[int]]:
-    """Indices of whole trees in turn, in groups of at most `tokens` tokens; 0: one group."""
+    """Indices of whole trees in turn, in groups of at most `tokens` tokens; 0: one group.
+
+    A tree that is larger is a group of its own.
+    """
     groups = []
     left = 0
     for index, tree in enumerate(trees):
@@ -492,7 +501,10 @@ def score(
 def rescore(
     model: Llama, trees: list[Tree], row_tokens: int = 0, pack_tokens: int = 0
 ) -> list[Tree]:
-    """The same trees with the values and log-probabilities of this model."""
+    """The same trees with the values and log-probabilities of this model.
+
+    `pack_tokens` bounds one forward pass; 0: 8,192.
+    """
     device = next(model.parameters()).device
     rescored = []
     for group in group_by_tokens(trees, pack_tokens or 8192):
@@ -559,8 +571,8 @@ class Batch:
         counts_E = torch.tensor([count for lesson in lessons for _, count in lesson.likelihood])
         self.weight_E = tensor(weights)  # how often the log pi of a node's tokens enters the sum
         self.value_mask_E = tensor([float(v) for lesson in lessons for v in lesson.value])
-        self.ref_E = tensor([node.logp for node in packed.node_E])
-        self.q_E = tensor([node.q_value for node in packed.node_E])
+        self.ref_E = tensor([node.logp for node in packed.nodes])
+        self.q_E = tensor([node.q_value for node in packed.nodes])
         self.needed_E = counts_E > 0  # the nodes whose log pi a loss reads, on the CPU
         self.needed_E[[end for win, lose, _ in pairs for end in (win, lose)]] = True
         self.needed_E[[step for step, _ in paths]] = True
@@ -569,7 +581,7 @@ class Batch:
             "likelihood_tokens": counts_E[packed.node_M].sum().item(),
             "value_nodes": self.value_mask_E.sum().item(),
             "pairs": len(pairs),
-            "unique_tokens": sum(len(node.tokens) for node in packed.node_E),
+            "unique_tokens": sum(len(node.tokens) for node in packed.nodes),
             "pairwise_tokens": sum(lesson.pairwise_tokens for lesson in lessons),
         }
 
@@ -650,19 +662,20 @@ def fingerprints(model: Llama, trees: list[Tree]) -> dict[str, str]:
     return {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
 
 
-def add_reference(model: Llama, trees: list[Tree], file: Path, *sizes: int):
+def add_reference(
+    model: Llama, trees: list[Tree], file: Path, row_tokens: int = 0, pack_tokens: int = 0
+):
     """Set the nodes' log-probabilities to those of the policy, before it is trained.
 
-    They are read from `file`, or computed by one pass (each rank its share; `sizes` as in
-    `rescore`) and kept there with fingerprints of the weights and trees. InputError if the file is
-    of others.
+    They are read from `file`, or computed by one pass (`rescore`, each rank its share) and kept
+    there with fingerprints of the weights and trees. InputError if the file belongs to others.
     """
     marks = fingerprints(model, trees)
     if file.exists():
         logp = read_reference(file, marks)
     else:
         numbers = rank_share(range(len(trees)))
-        rescored = rescore(model, rank_share(trees), *sizes)
+        rescored = rescore(model, rank_share(trees), row_tokens, pack_tokens)
         mine = [(n, [node.logp for node in tree.nodes]) for n, tree in zip(numbers, rescored)]
         logp = [value for _, values in sorted(gather(mine)) for value in values]
         tensors = {"logp": torch.tensor(logp)}
@@ -683,7 +696,7 @@ def read_reference(file: Path, marks: dict[str, str]) -> list[float]:
     for name, mark in marks.items():
         if found.get(name) != mark:
             raise InputError(
-                f"{file} is of other {name} ({found.get(name)}, not {mark}); delete it to have it "
-                "computed again"
+                f"{file} was computed with other {name} ({found.get(name)}, not {mark}); delete it "
+                "to have it computed again"
             )
     return logp

@@ -4,7 +4,7 @@
     python train.py --model DIR --data FILE.jsonl      a real checkpoint on real questions
     torchrun --nproc-per-node 8 train.py ...           each rank searches its share; FSDP2 trains
 
-A run folder holds config.json, log.jsonl (one line an optimizer step) and a folder for each stage
+A run folder holds config.json, log.jsonl (one line per optimizer step) and a folder for each stage
 (sft, round1, ...) with the model in Hugging Face's layout, its trees and its eval.json. Run the
 same command again to resume. What is random depends on the seed and the step alone, so an
 interrupted run ends with the weights of one that was not.
@@ -128,8 +128,8 @@ class RunConfig(SourceConfig):
     seed: int = flag(0, "seed of weights, questions, sampling and data order")
     train_prompt: str = flag(
         "",
-        "prompt to train, answer, and search a trained model under; --prompt is then for the "
-        "untrained one",
+        "prompt for training, for answering and for searching a trained model; --prompt then "
+        "applies to the untrained model only",
     )
     test_data: str = flag(
         "", "test questions; empty: the last fifth of --data is held out", many=True
@@ -137,7 +137,7 @@ class RunConfig(SourceConfig):
     test_limit: int = flag(500, "answer at most N test questions", least=1)
     sft_questions: int = flag(7000, "built-in task: worked solutions", least=1)
     search_questions: int = flag(
-        4500, "built-in task: new questions a round, with answers only", least=1
+        4500, "built-in task: new questions per round, with answers only", least=1
     )
     valid_questions: int = flag(
         300, "built-in task: questions searched only to measure sibling accuracy", least=1
@@ -151,15 +151,18 @@ class RunConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimizer. AlphaMath: lr 4e-5, cosine, warm-up 3 %, batch 1024, 10 epochs."""
+    """The optimizer. AlphaMath: lr 4e-5, cosine, warm-up 3 %, batch 1024, 10 epochs.
+
+    data.BUILT_IN has the defaults of the built-in tasks.
+    """
 
     sft_steps: int = flag(
         0, "optimizer steps on worked solutions; 0: start from the model as it is", least=0
     )
-    sft_batch: int = flag(16, "solutions a step", least=1)
+    sft_batch: int = flag(16, "solutions per step", least=1)
     sft_lr: float = flag(2e-5, "peak learning rate of SFT", least=0)
     tune_epochs: int = flag(2, "passes over a round's trees", least=1)
-    tune_batch: int = flag(4, "trees a step, over all ranks", least=1)
+    tune_batch: int = flag(4, "trees per step, over all ranks", least=1)
     tune_lr: float = flag(1e-5, "peak learning rate on trees", least=0)
     group: int = flag(8, "grpo: solutions sampled of each question (G)", least=2)
     row_tokens: int = flag(
@@ -189,20 +192,20 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     planned = {"--plan", "--model"} <= set(argv) and "--data" not in argv
     real = ["--data", "gsm8k"] if planned else []  # a plan for a real model needs no data
-    configs = (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig)
-    stages = parse_args(__doc__, configs, [*argv, *real], recipe=BUILT_IN)
-    run, train, search, losses, answering = stages
+    kinds = (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig)
+    configs = parse_args(__doc__, kinds, [*argv, *real], recipe=BUILT_IN)
+    run, train, search, losses, answering = configs
     check_flags(run, train, losses)
     if run.plan:
         shape = shape_of(run)
         sizes = Sizes(shape, *count_parameters(shape), WIDTH[run.dtype], LOGITS)
-        return print_plan(sizes, *stages)
+        return print_plan(sizes, *configs)
     device = join_ranks(run)
     splits = load_splits(run)
-    job = Job(*stages, device, *check_splits(run, train, search, splits))
+    job = Job(*configs, device, *check_splits(run, train, search, splits))
     data_name = "-".join(Path(name).stem for name in run.data.split())
     folder = Path(run.out or f"runs/{data_name}-seed{run.seed}")
-    open_run(folder, stages, splits)
+    open_run(folder, configs, splits)
     run_stages(job, folder, splits)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -278,10 +281,15 @@ def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
     if losses.objective not in names:
         raise InputError(f"--objective {losses.objective}: there are {', '.join(names)}")
     objective = OBJECTIVES[losses.objective]
-    likelihood_alone = objective.likelihood and not objective.pairs and not objective.value
-    if likelihood_alone and not losses.sft_weight:
+    weights = {
+        "--policy-weight": losses.policy_weight if objective.pairs else 0,
+        "--sft-weight": losses.sft_weight if objective.likelihood else 0,
+        "--mse-weight": losses.mse_weight if objective.value else 0,
+        "--margin-weight": losses.margin_weight if objective.value and objective.pairs else 0,
+    }
+    if not any(weights.values()):
         raise InputError(
-            f"--sft-weight 0 leaves --objective {losses.objective} nothing to learn from"
+            f"--objective {losses.objective}: with these weights there is nothing to learn from"
         )
     if train.tensorboard and not find_spec("tensorboard"):
         raise InputError(
@@ -334,7 +342,7 @@ def check_splits(
     return tokenizer, trained
 
 
-def open_run(folder: Path, stages: tuple, splits: dict):
+def open_run(folder: Path, configs: tuple, splits: dict):
     """Make the run folder, or check that it belongs to the same configuration and questions.
 
     Other processes are kept away from it.
@@ -351,7 +359,7 @@ def open_run(folder: Path, stages: tuple, splits: dict):
     text = json.dumps([[question.text, question.answer] for question in asked])
     keep_config(
         folder / "config.json",
-        stages,
+        configs,
         free=("out", "device", "plan", "keep", "tensorboard"),
         write=rank() == 0,
         commit=head_commit(),
@@ -412,7 +420,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
     seed = job.run.seed + number
     count = len(lessons or questions)
     steps = max(1, train.tune_epochs * count // batch) if number else train.sft_steps
-    model = job.load(previous, "float32")  # whatever it computes in
+    model = job.load(previous, "float32")  # weights are float32 whatever the type to compute in
     for block in model.model.layers:
         block.recompute = train.recompute
     shard(model, job.run.dtype)
@@ -424,7 +432,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
             return [(place, lessons[index]) for place, index in places]
         # a question may come twice in a step, so ids are made of places
         asked = [replace(questions[index], id=f"{step} {place}") for place, index in places]
-        groups = sample_groups(job, model, asked, seed)
+        groups = groups_of_policy(job, model, asked, seed)
         return [(place, learn(tree, losses)) for (place, _), tree in zip(places, groups)]
 
     with Stop() as stop:  # a request to stop waits for the end of the step, or of writing the model
@@ -445,7 +453,8 @@ def optimize(
 ):
     """AdamW over `steps` steps, from the stage's last checkpoint on.
 
-    `lessons_of(step)` returns this rank's lessons with their places in the step.
+    `lessons_of(step)` returns this rank's lessons with their places in the step. The model stays in
+    evaluation mode: its only dropout is that of `draw_dropout`.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, (0.9, 0.95), weight_decay=train.weight_decay, fused=True
@@ -516,7 +525,7 @@ def backward(
     return figures, counts
 
 
-# what a rank trains on where others have more packs: FSDP's passes are common ones
+# padding for ranks with fewer packs: with FSDP every rank must run the same number of passes
 EMPTY = Lesson(Tree("", "", "", [TreeNode(-1, [0], [False])]), [], [(0.0, 0.0)], [False])
 
 
@@ -576,7 +585,10 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def order(count: int, seed: int, start: int, batch: int) -> list[int]:
-    """Places `start` to `start + batch` in the endless row of shuffled epochs of `count` items."""
+    """The items at places `start` to `start + batch` of an endless sequence of shuffled epochs.
+
+    Items are numbers below `count`.
+    """
     places = range(start, start + batch)
     shuffled = {}
     for epoch in {place // count for place in places}:
@@ -637,8 +649,9 @@ def grow_trees(
 ) -> list[Tree]:
     """Search a round's questions, each rank its share; returns the trees of all, in their order.
 
-    Each tree is written as it ends, and questions that have one are not searched again. Then their
-    log-probabilities are replaced by those of one pass with the policy that grew them.
+    Each tree is written as it ends, and questions that have one are not searched again. If the
+    objective has pairs, the log-probabilities are then replaced by those of the reference: one pass
+    with the policy that grew the trees.
     """
     model = job.load(previous)
     file = stage / "trees.jsonl"
@@ -647,7 +660,8 @@ def grow_trees(
     done = {tree.id for tree in found}
     barrier()  # all have read before anybody writes
     left = rank_share(question for question in questions if question.id not in done)
-    trained = number > 1 or job.train.sft_steps  # then it is searched under its own prompt
+    # a trained model is searched under the prompt that it was trained with
+    trained = number > 1 or job.train.sft_steps
     tokenizer = job.train_tokenizer if trained else job.search_tokenizer
     label = f"{stage.name} search"
     new = search_trees(model, tokenizer, left, job.search, job.run.seed + number, label)
@@ -656,8 +670,8 @@ def grow_trees(
     found = {tree.id: tree for tree in resume_trees(file)}
     trees = [found[question.id] for question in questions]  # whatever the number of ranks
     describe(trees, job.search_tokenizer, job.losses)
-    pairs = zip(trees, questions)
-    trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in pairs]
+    asked = zip(trees, questions)
+    trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in asked]
     if OBJECTIVES[job.losses.objective].pairs:
         reference = stage / "reference.safetensors"
         add_reference(model, trees, reference, job.train.row_tokens, job.train.pack_tokens)
@@ -708,7 +722,7 @@ def grow_groups(
     return [trees[question.id] for question in questions]
 
 
-def sample_groups(job: Job, model: Llama, questions: list[Question], seed: int) -> list[Tree]:
+def groups_of_policy(job: Job, model: Llama, questions: list[Question], seed: int) -> list[Tree]:
     """The groups of an optimizer step, sampled from the policy as it is."""
     policy = unsharded_copy(model, job.run.dtype)
     return grow_groups(policy, job.train_tokenizer, questions, job.search, job.train.group, seed)
@@ -726,7 +740,7 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer, losses: LossConfig):
     effective = sum(tree.simulations for tree in trees) / count
     print(
         f"{count} trees: {solved:.1f} % with a correct solution, {', '.join(figures)} and "
-        f"{effective:.1f} effective simulations a tree"
+        f"{effective:.1f} effective simulations per tree"
     )
     if OBJECTIVES[losses.objective].pairs and not any(pairs):
         print(

@@ -27,11 +27,11 @@ from mcts import SearchConfig
 from support.flags import InputError, flag_name, parse_args, run_command
 
 
-def flags(*stages, **changes) -> list[str]:
-    """The stages' fields as words of a command line. Empty ones are left out: they are empty by
+def flags(*configs, **changes) -> list[str]:
+    """The configs' fields as words of a command line. Empty ones are left out: they are empty by
     default."""
     values = {}
-    for stage in stages:
+    for stage in configs:
         values |= asdict(stage)
     words = []
     for name, value in (values | changes).items():
@@ -47,9 +47,9 @@ def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
-def measure(stages: tuple, side: str, **changes) -> dict:
+def measure(configs: tuple, side: str, **changes) -> dict:
     """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "search", *flags(*stages, **changes, side=side)]
+    command = [sys.executable, __file__, "search", *flags(*configs, **changes, side=side)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"the measurement of {side} failed: {last_line(done.stderr)}")
@@ -59,21 +59,21 @@ def measure(stages: tuple, side: str, **changes) -> dict:
     return {**found, "nodes_s": nodes_s, "tokens_s": tokens_s}
 
 
-def alternate(stages: tuple, alternations: int, sides: tuple) -> dict[str, dict]:
+def alternate(configs: tuple, alternations: int, sides: tuple) -> dict[str, dict]:
     """Medians of each side's figures. The sides take turns."""
     rows = {side: [] for side in sides}
     for _ in range(alternations):
         for side in sides:
-            rows[side].append(measure(stages, side))
+            rows[side].append(measure(configs, side))
     medians = {}
     for side, found in rows.items():
         medians[side] = {key: statistics.median(row[key] for row in found) for key in found[0]}
     return medians
 
 
-def compare(stages: tuple, alternations: int, title: str, ours: str, peer: str):
+def compare(configs: tuple, alternations: int, title: str, ours: str, peer: str):
     """Print the medians of two sides, and their ratios."""
-    medians = alternate(stages, alternations, (ours, peer))
+    medians = alternate(configs, alternations, (ours, peer))
     print(f"\n{title}, medians of {alternations}")
     print(
         f"{'':14}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}"
@@ -91,23 +91,23 @@ def compare(stages: tuple, alternations: int, title: str, ours: str, peer: str):
     print(f"fed tokens, prompts included, for each sampled token: {text}", flush=True)
 
 
-def compare_search(stages: tuple):
+def compare_search(configs: tuple):
     """Print the comparisons of tree search and of plain sampling."""
-    _, config, search = stages
+    _, config, search = configs
     title = (
         f"MCTS, {config.questions} questions, {config.live} at once, "
         f"{search.simulations} simulations of {search.expand_width}"
     )
-    compare(stages, config.alternations, title, "ours", "peer")
+    compare(configs, config.alternations, title, "ours", "peer")
     title = f"sampling, 32 questions, {config.sample_tokens} tokens each"
-    compare(stages, config.alternations, title, "sample-ours", "sample-peer")
+    compare(configs, config.alternations, title, "sample-ours", "sample-peer")
 
 
-def compare_training(stages: tuple):
+def compare_training(configs: tuple):
     """Print medians and ratios of our training and TRL's."""
-    source, config, _ = stages
+    source, config, _ = configs
     read_pairs(source, config)  # bad input ends here, before a process is started
-    medians = alternate(stages, config.alternations, ("train-ours", "trl", "trl-precomputed"))
+    medians = alternate(configs, config.alternations, ("train-ours", "trl", "trl-precomputed"))
     for row in medians.values():
         row["whole"] = row["seconds"] + row["reference"]
     ours = medians["train-ours"]
@@ -138,16 +138,16 @@ def main():
     elif command not in ("search", "train"):
         raise InputError(f"bench.py {command}: there are search, train and gpu")
     configs = (SourceConfig, BenchConfig, SearchConfig)
-    stages = parse_args(__doc__, configs, words, ("model", "data"), BUILT_IN)
-    side = stages[1].side
+    configs = parse_args(__doc__, configs, words, ("model", "data"), BUILT_IN)
+    side = configs[1].side
     if side and side not in SIDES:
         raise InputError(f"--side {side}: there are {', '.join(SIDES)}")
     if side:
-        print(json.dumps(SIDES[side](*stages)))
+        print(json.dumps(SIDES[side](*configs)))
     elif command == "search":
-        compare_search(stages)
+        compare_search(configs)
     else:
-        compare_training(stages)
+        compare_training(configs)
 
 
 if __name__ == "__main__":

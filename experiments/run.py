@@ -157,11 +157,11 @@ def configure(seed: int, folder: Path, flags: Sequence[str]) -> tuple[Job, dict[
     rounds = [] if "--rounds" in flags else ["--rounds", "1"]
     words = ["--seed", str(seed), "--out", str(folder), *rounds, *flags]
     configs = (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig)
-    stages = parse_args("", configs, words, recipe=BUILT_IN)
-    run, training, search, _, _ = stages
+    configs = parse_args("", configs, words, recipe=BUILT_IN)
+    run, training, search, _, _ = configs
     splits = load_splits(run)
     tokenizers = check_splits(run, training, search, splits)
-    return Job(*stages, run.device, *tokenizers), splits
+    return Job(*configs, run.device, *tokenizers), splits
 
 
 @dataclass

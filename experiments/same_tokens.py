@@ -83,9 +83,9 @@ def is_right(text: str, question: Question) -> bool:
 
 @torch.inference_mode()
 def main():
-    stages = (SourceConfig, SearchConfig, AnswerConfig)
+    configs = (SourceConfig, SearchConfig, AnswerConfig)
     required = ("model", "data")
-    configs = parse_args(__doc__, stages, sys.argv[1:], required, BUILT_IN)
+    configs = parse_args(__doc__, configs, sys.argv[1:], required, BUILT_IN)
     source, search, answering = configs
     model, tokenizer, questions = load_source(source)
     found = our_answers(model, tokenizer, questions, search, answering)

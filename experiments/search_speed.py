@@ -64,19 +64,19 @@ def search_rate(
     return nodes / max(*seconds, 0.05)  # mcts.py prints tenths: 0.0 s is at most 0.05 s
 
 
-def growth(stages: tuple):
+def growth(configs: tuple):
     """Print our cost against simulations, live questions and prompt length."""
-    live = stages[1].live
+    live = configs[1].live
     for count in (8, 16, 32, 64):
         changes = {"simulations": count, "questions": 3 * live, "cache_tokens": live * 16384}
-        print_cost("simulations", count, measure(stages, "ours", **changes))
+        print_cost("simulations", count, measure(configs, "ours", **changes))
     for count in (1, 2, 4, 8, 16, 32, 64, 128):
         changes = {"simulations": 4, "live": count, "questions": count}
-        row = measure(stages, "ours", **changes, cache_tokens=count * 4096)
+        row = measure(configs, "ours", **changes, cache_tokens=count * 4096)
         print_cost("live questions", count, row)
     for count in (128, 256, 512, 1024):
         changes = {"simulations": 8, "prompt": "", "prompt_tokens": count, "questions": live}
-        row = measure(stages, "ours", **changes)
+        row = measure(configs, "ours", **changes)
         print_cost("prompt tokens", row["prompt_tokens"], row)
 
 
@@ -91,7 +91,7 @@ def print_cost(name: str, value: float, row: dict):
     )
 
 
-def profile(stages: tuple):
+def profile(configs: tuple):
     """Print where a search's time goes.
 
     Kernels are timed by the profiler of PyTorch, the whole by the clock in a run without it.
@@ -99,9 +99,9 @@ def profile(stages: tuple):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    seconds = search_ours(*stages)["seconds"]
+    seconds = search_ours(*configs)["seconds"]
     watched = profiler(activities=[ProfilerActivity.CPU])
-    slower = search_ours(*stages, watch=watched)["seconds"]
+    slower = search_ours(*configs, watch=watched)["seconds"]
     spent = {"matrix products": 0.0, "attention": 0.0, "other kernels": 0.0}
     for event in watched.key_averages():
         if event.key.startswith("aten::"):
@@ -122,13 +122,13 @@ def main():
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     words = sys.argv[2:] if command else ["--help"]
     configs = (SourceConfig, BenchConfig, SearchConfig)
-    stages = parse_args(__doc__, configs, words, ("model", "data"), BUILT_IN)
+    configs = parse_args(__doc__, configs, words, ("model", "data"), BUILT_IN)
     if command == "ranks":
-        ranks(*stages)
+        ranks(*configs)
     elif command == "growth":
-        growth(stages)
+        growth(configs)
     elif command == "profile":
-        profile(stages)
+        profile(configs)
     else:
         raise InputError(f"search_speed.py {command}: there are ranks, growth and profile")
 

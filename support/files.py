@@ -26,7 +26,7 @@ def read_json(file: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error})")
     if not isinstance(value, dict):
-        raise InputError(f"{file}: a JSON object is wanted, not {type(value).__name__}")
+        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -99,25 +99,26 @@ def head_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def keep_config(file: Path, stages: tuple, free: tuple, write: bool = True, **more):
-    """Store the fields of the dataclasses in `stages`, or compare them with the stored ones.
+def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **more):
+    """Store the fields of the dataclasses in `configs`, or compare them with the stored ones.
 
     Fields in `free` may differ. InputError names the fields that differ and must not; `more` holds
     further entries, of which `questions` must not change either.
     """
-    config = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
+    wanted = {type(config).__name__: dataclasses.asdict(config) for config in configs}
     if not file.exists() and write:
-        write_json(file, {**config, **more})
-    stored = read_json(file) if file.exists() else config
+        write_json(file, {**wanted, **more})
+    stored = read_json(file) if file.exists() else wanted
     different = []
-    for part, fields in config.items():
+    for part, fields in wanted.items():
         for name, value in fields.items():
             before = stored.get(part, {}).get(name)
             if name not in free and before != value:
                 different.append(f"{flag_name(name)} {before!r} -> {value!r}")
     if different:
         raise InputError(
-            f"{file} is of another configuration: {', '.join(different)}; choose another --out"
+            f"{file} was made with another configuration: {', '.join(different)}; choose another "
+            "--out"
         )
     if stored.get("questions", more.get("questions")) != more.get("questions"):
-        raise InputError(f"{file} is of other questions than there are now; choose another --out")
+        raise InputError(f"{file} was made with other questions; choose another --out")

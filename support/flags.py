@@ -49,18 +49,18 @@ def flag_name(field_name: str) -> str:
 
 def parse_args(
     description: str,
-    stages: tuple,
+    configs: tuple,
     argv: list[str],
     required: tuple = (),
     recipe: Recipe | None = None,
 ) -> tuple:
-    """Parse one flag for each field of each dataclass in `stages`.
+    """Parse one flag for each field of each dataclass in `configs`.
 
     Returns one instance of each dataclass, in their order. Raises InputError if a flag is unknown,
     a required one is missing, or a value is not acceptable.
     """
-    fields = {item.name: item for stage in stages for item in dataclasses.fields(stage)}
-    given = vars(make_parser(description, stages, required, recipe).parse_args(argv))
+    fields = {item.name: item for config in configs for item in dataclasses.fields(config)}
+    given = vars(make_parser(description, configs, required, recipe).parse_args(argv))
     for name, item in fields.items():
         if item.metadata["many"] and name in given:
             given[name] = " ".join(given[name])
@@ -70,12 +70,12 @@ def parse_args(
         values |= known | given
     check_values(fields, values)
     return tuple(
-        stage(**{item.name: values[item.name] for item in dataclasses.fields(stage)})
-        for stage in stages
+        config(**{item.name: values[item.name] for item in dataclasses.fields(config)})
+        for config in configs
     )
 
 
-def make_parser(description: str, stages: tuple, required: tuple, recipe: Recipe | None):
+def make_parser(description: str, configs: tuple, required: tuple, recipe: Recipe | None):
     """An argparse parser with one group of flags for each dataclass; it raises InputError."""
 
     def fail(message):
@@ -90,9 +90,9 @@ def make_parser(description: str, stages: tuple, required: tuple, recipe: Recipe
         formatter_class=layout,
     )
     parser.error = fail
-    for stage in stages:
-        group = parser.add_argument_group(stage.__name__, stage.__doc__)
-        for item in dataclasses.fields(stage):
+    for config in configs:
+        group = parser.add_argument_group(config.__name__, config.__doc__)
+        for item in dataclasses.fields(config):
             text = help_text(item, item.name in required, recipe).replace("%", "%%")
             needed = item.name in required
             group.add_argument(flag_name(item.name), required=needed, help=text, **kind_of(item))

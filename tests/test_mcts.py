@@ -133,7 +133,7 @@ def test_a_search_without_room_says_so():
     search.send([Node(root, [1], -1.0), Node(root, [2], -1.0)])
     with pytest.raises(StopIteration) as end:
         search.send([])
-    assert end.value.value == (1, "slots") and root.visit_count == 1
+    assert end.value.value == (1, "room") and root.visit_count == 1
 
 
 def test_outcomes():
@@ -291,7 +291,7 @@ def test_a_full_row_ends_its_search_alone(model, tokenizer):
         cache_tokens=330,
     )
     trees = list(search_trees(model, tokenizer, QUESTIONS, small))
-    assert len(trees) == len(QUESTIONS) and any(tree.stopped == "slots" for tree in trees)
+    assert len(trees) == len(QUESTIONS) and any(tree.stopped == "room" for tree in trees)
     assert all(tree.simulations > 0 for tree in trees)
     alone = {}
     for question in QUESTIONS:
@@ -334,9 +334,9 @@ def test_a_padded_vocabulary(tokenizer):
     packed = pack(trees)
     with torch.no_grad():
         logp_M, _, node_M = score(model, packed)
-        logp_E = step_logp(logp_M, node_M, len(packed.node_E))
-    assert max(token for node in packed.node_E for token in node.tokens) < known
-    recorded_E = torch.tensor([node.logp for node in packed.node_E])
+        logp_E = step_logp(logp_M, node_M, len(packed.nodes))
+    assert max(token for node in packed.nodes for token in node.tokens) < known
+    recorded_E = torch.tensor([node.logp for node in packed.nodes])
     torch.testing.assert_close(logp_E, recorded_E, atol=1e-3, rtol=0)
 
 

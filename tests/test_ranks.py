@@ -162,7 +162,7 @@ def test_a_stale_reference_is_refused(finished, tmp_path):
     process = start(tmp_path)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert "reference.safetensors is of other trees" in errors.splitlines()[-1]
+    assert "reference.safetensors was computed with other trees" in errors.splitlines()[-1]
 
 
 def test_groups_are_sampled_from_sharded_weights(tmp_path):

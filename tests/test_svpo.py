@@ -256,7 +256,7 @@ def test_packed_trees_equal_separate_paths(model, tokenizer, row_tokens, monkeyp
         assert max(sizes) > packed.token_BT.shape[1]
     logp_M, value_E, node_M = score(model, packed)
     path_logp_E, path_value_E = by_path(model, trees)
-    logp_E = step_logp(logp_M, node_M, len(packed.node_E))
+    logp_E = step_logp(logp_M, node_M, len(packed.nodes))
     torch.testing.assert_close(logp_E, path_logp_E, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(value_E, path_value_E, atol=1e-5, rtol=0)
     loss, _ = measure(model, trees, config, row_tokens)
