@@ -257,8 +257,10 @@ def to_question(row: dict, dataset: str, where: str, identity: str) -> Question 
     try:
         question = DATASETS[dataset].read(row)
     except InputError as error:
-        hint = "" if dataset == "plain" else f", read as a row of {dataset}"
-        raise InputError(f"{where}{hint}: {error}")
+        if dataset != "plain":
+            raise InputError(f"{where}, read as a row of {dataset}: {error}")
+        names = ", ".join(f"{name}:FILE" for name in DATASETS if name != "plain")
+        raise InputError(f"{where}: {error}; a published file is named as one of {names}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         kind = type(error).__name__
         raise InputError(f"{where}: not a row of {dataset} ({kind}: {error})")

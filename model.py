@@ -217,7 +217,7 @@ class Llama(nn.Module):
 
     def init_weights(self, seed: int = 0) -> "Llama":
         """Draw fresh weights: normal(0, initializer_range), residual outputs scaled down by depth
-        as in GPT-2, biases of the value head 0."""
+        as in GPT-2, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
@@ -226,7 +226,7 @@ class Llama(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter_std = residual_std if residual else std
                 nn.init.normal_(parameter, 0.0, parameter_std, generator=generator)
-            elif name.startswith("value_head."):
+            elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
         return self
 
@@ -379,9 +379,11 @@ def fresh_value_head(model: Llama, seed: int) -> dict[str, Tensor]:
     std = model.config.initializer_range / math.sqrt(model.config.hidden_size)
     tensors = {}
     for name, parameter in model.value_head.named_parameters(prefix="value_head"):
-        tensor = torch.zeros(parameter.shape, device="cpu")
-        if tensor.dim() > 1:
+        if parameter.dim() > 1:
+            tensor = torch.empty(parameter.shape, device="cpu")
             nn.init.normal_(tensor, 0.0, std, generator=generator)
+        else:  # of a head of your own: biases 0, the weights of a norm 1
+            tensor = torch.full(parameter.shape, float(not name.endswith("bias")), device="cpu")
         tensors[name] = tensor
     return tensors
 

@@ -175,7 +175,7 @@ def test_jsonl_questions(tmp_path):
         ("{", "line 2: not valid JSON"),
         ('{"question": "x", "answer": ' + "9" * 5000 + "}", "line 2: not valid JSON"),
         ("[" * 100000, "line 2: not valid JSON"),
-        ("[1]", "line 2: a JSON object"),
+        ("[1]", "line 2: expected a JSON object"),
         ('{"question": "x"}', "line 2: needs a non-empty 'answer'"),
         ('{"question": "", "answer": "1"}', "line 2: needs a non-empty 'question'"),
         ('{"question": "x", "answer": "#### "}', "line 2: no answer"),
