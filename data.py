@@ -475,9 +475,9 @@ class StepTokenizer:
     ) -> tuple[Tensor, Tensor]:
         """Sample tokens (X,), and return them with their untempered log-probabilities (X,).
 
-        Each of `uniform_X` in [0, 1) is looked up in the cumulative distribution; at temperature 0
-        the likeliest token is taken. Ids that the tokenizer does not have are never drawn, but
-        count in the softmax.
+        The cumulative distribution is inverted at `uniform_X` in [0, 1); at temperature 0 the
+        likeliest token is taken. Ids that the tokenizer does not have are never sampled, but stay
+        in the normaliser of the log-probabilities.
         """
         known_XV = logits_XV[:, : self.tables_4V.shape[1]]
         if temperature == 0:
@@ -516,7 +516,8 @@ class TreeNode:
     # which tokens the model wrote, or is to write (worked solutions); the others carry no loss
     sampled: list[bool]
     # sum of the untempered log-probabilities of these tokens, in nats, under the policy that grew
-    # the tree and its prompt; train.grow_trees replaces it by that of the reference
+    # the tree and its prompt; for objectives with pairs, svpo.add_reference replaces it by that of
+    # the reference
     logp: float = 0.0
     prior: float = 1.0  # exp(mean token log-probability)
     visit_count: int = 0
@@ -661,9 +662,7 @@ def resume_trees(file: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
         found = read_trees(other, content[:whole])
         doubled = sum(tree.id in trees for tree in found)
         if doubled:
-            print(
-                f"{other}: {doubled} questions have a tree in another file; the first one is kept"
-            )
+            print(f"{other}: {doubled} questions already have a tree elsewhere; keeping the first")
         trees = {tree.id: tree for tree in found} | trees
     return list(trees.values())
 
@@ -726,7 +725,9 @@ class SourceConfig:
         choices=("none", "python"),
     )
     limit: int = flag(0, "use the first N questions; 0: all (500 built-in ones)", least=0)
-    seed: int = flag(0, "seed of sampling")
+    seed: int = flag(
+        0, "seed of sampling, of a missing value head, and of the questions of mcts.py"
+    )
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
 

@@ -97,15 +97,16 @@ class Node:
 class Demand:
     """What a search may ask of the engine.
 
-    A search yields at least one node and at most `lanes`, of at most `paths` different ones, none
-    of them terminal. There are two modes. With `steps_per_lane` = 1 the search chooses after each
+    Each request of a search holds 1 to `lanes` nodes, at most `paths` of them distinct and none of
+    them terminal. There are two modes. With `steps_per_lane` = 1 the search chooses after each
     step, and complete steps are stored. Otherwise it asks once, for the root, and each lane writes
     a whole solution of at most `steps_per_lane` steps by itself; nothing is stored.
     """
 
     lanes: int  # steps decoded at once for a question, at most
     temperature: float
-    # how often a search asks; an engine that fits searches in (`reserve`) has room for all of these
+    # requests that the cache has room for, if the engine fits searches in (`reserve`); later ones
+    # may get an empty list
     expansions: int
     paths: int = 1  # partial solutions extended at once, at most
     steps_per_lane: int = 1
@@ -180,8 +181,8 @@ def reserve(prompts: list[int], demand: Demand, config, rows: int, fit: bool) ->
     least = longest_prompt + (whole_tree if fit else new_steps)
     if tokens < least:
         raise InputError(
-            f"--cache-tokens {config.cache_tokens}: {rows} questions at once need at least "
-            f"{rows * (behind_prompt + least)}"
+            f"--cache-tokens {config.cache_tokens}: searching {rows} questions at once needs at "
+            f"least {rows * (behind_prompt + least)}"
         )
     store = min(whole_tree, tokens - min(prompts, default=1))
     used_rows = max(1, min(rows, len(prompts)))
@@ -472,7 +473,7 @@ class Engine:
     # -------------------------------------------------------------------------------------- prompts
 
     def feed_common_prefix(self) -> int:
-        """Feed what all prompts begin with, as a rule a few-shot prompt, and keep a copy of it.
+        """Feed the prefix common to all prompts, usually a few-shot prompt, and keep a copy of it.
 
         Returns its length in tokens.
         """
@@ -543,12 +544,16 @@ class Engine:
             lane.start(parent, search.rng.random(self.step_tokens))
 
     def check_demand(self, parents: list[Node]):
-        """Refuse nodes that the search's Demand does not cover; this is an error in its code."""
+        """Reject a request that its Demand does not allow; this is a bug in the search."""
         demand = self.demand
-        if not 0 < len(parents) <= demand.lanes or len(set(parents)) > demand.paths:
+        distinct = len(set(parents))
+        terminal = sum(node.ending is not None for node in parents)
+        fits = 0 < len(parents) <= demand.lanes and distinct <= demand.paths
+        if not fits or terminal:
             raise ValueError(
-                f"a search asked to extend {len(parents)} nodes, {len(set(parents))} of them "
-                f"different; its Demand allows {demand.lanes} lanes and {demand.paths} paths"
+                f"a search asked to extend {len(parents)} nodes, {distinct} of them distinct and "
+                f"{terminal} terminal; its Demand allows {demand.lanes} lanes, {demand.paths} "
+                "paths and no terminal node"
             )
 
     def has_room(self, search: Search, parents: list[Node]) -> bool:
@@ -726,7 +731,7 @@ class Engine:
         return node
 
     def keep_step(self, lane: Lane, node: Node):
-        """Move a complete step to the row's store, and keep the state that its children need."""
+        """Copy a complete step to the row's store, and keep the state that its children need."""
         search = self.searches[lane.row]
         hidden_D = self.tick.hidden_WD[lane.number].clone()
         search.states[node] = State(hidden_D, search.stored)

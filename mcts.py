@@ -1,7 +1,8 @@
 """Monte Carlo tree search over reasoning steps.
 
-`mcts` is the search of one question, written as the textbook has it: a generator that yields the
-nodes it wants extended and receives their sampled children. The engine (engine.py) runs many.
+`mcts` is AlphaMath's search of one question, without roll-outs, written for a reader: a generator
+that yields the nodes it wants extended and receives their sampled children. The engine (engine.py)
+runs many of them at once.
 
     python mcts.py --model FOLDER --data SPEC --out trees.jsonl
     torchrun --nproc-per-node 2 mcts.py ...     each rank searches its share, into trees-RANK.jsonl
@@ -47,9 +48,9 @@ class SearchConfig:
         "weight of exploration (c_puct); AlphaMath: 1.25 in the paper, 1.5 in the code",
         least=0,
     )
-    max_depth: int = flag(8, "steps of a solution at most; AlphaMath: 8", least=1)
+    max_depth: int = flag(8, "steps of a solution, at most; AlphaMath: 8", least=1)
     max_step_tokens: int = flag(
-        64, "tokens of a step at most; longer ones are cut and wrong", least=1
+        64, "tokens of a step, at most; longer steps are cut and count as wrong", least=1
     )
     search_temperature: float = flag(
         1.0,

@@ -7,10 +7,9 @@ A language model answers questions in steps, one line each. It learns which step
     4. Training: the policy learns these preferences, the value head what the search found out.
     5. SBS: answer by step-level beam search, led by the value head. More rounds would go back to 2.
 
-`python minimal.py` prints accuracy before and after; --seed N gives another run. The fast modules
-do the same (tests/test_minimal.py). Formulas name their source: AlphaMath (arXiv 2405.03553), its
-official code, DPO (arXiv 2305.18290), SVPO summary (the equations could not be read) or our choice.
-Dimension key: B rows, T tokens, V vocabulary, N steps sampled together, C their tokens.
+`python minimal.py --seed 0` prints accuracy before and after. tests/test_minimal.py holds the fast
+modules to it. Sources: AlphaMath (arXiv 2405.03553), its official code, DPO (arXiv 2305.18290), an
+SVPO summary. Dimension key: B rows, T tokens, V vocabulary, N steps, C tokens of a step.
 """
 
 import argparse
@@ -27,14 +26,12 @@ from model import Llama, LlamaConfig
 from tasks.built_in import task_tokenizer
 from tasks.grading import extract_answer, is_correct
 
-# Modulo 7, `2+4*5-3` has the solution `4*5=6 -> 2+6-3`, `2+6=1 -> 1-3`, `1-3=5 #### 5`. The worked
-# solutions take the operations in random order, and half of them end wrong.
+# Modulo 7, the question `2+4*5-3` has the steps `4*5=6 -> 2+6-3`, `2+6=1 -> 1-3`, `1-3=5 #### 5`.
 TASK, QUESTIONS = "arithmetic", {"sft": 6000, "search": 500, "test": 200}
 TOKENIZER, EOS = task_tokenizer(TASK), 0  # digits, operators, " -> ", " #### ", "\n" are tokens
-MODEL = TOKENIZER.get_vocab_size(), 64, 192, 4, 4, 2, 16  # widths, layers, heads, key heads, ...
-MAX_DEPTH, MAX_STEP_TOKENS = 5, 16  # steps of a solution, tokens of a step
+MODEL = TOKENIZER.get_vocab_size(), 64, 192, 4, 4, 2, 16  # in the order of LlamaConfig's fields
 SIMULATIONS, EXPAND_WIDTH, C_PUCT, TEMPERATURE = 16, 5, 1.25, 1.0  # AlphaMath: 40 simulations
-MIN_GAP, BETA, MARGIN = 0.5, 0.3, 0.5  # our choice, as are the weights of the losses:
+MAX_DEPTH, MAX_STEP_TOKENS, MIN_GAP, BETA, MARGIN = 5, 16, 0.5, 0.3, 0.5  # our choice, as are:
 POLICY_WEIGHT, SFT_WEIGHT, MSE_WEIGHT, MARGIN_WEIGHT = 0.05, 1.0, 1.0, 0.5
 
 
@@ -46,14 +43,16 @@ class Node:
     state: list[int]  # tokens of the question and of all steps down to this one
     tokens: list[int] = field(default_factory=list)  # those of this step
     depth: int = 0
-    ending: str | None = None  # "open": not complete. Terminal: "answer", "eos", "cut" or "deep"
+    ending: str | None = (
+        None  # None: may go on; "answer", "eos", "cut", "deep": terminal; or "open"
+    )
     logp: float = 0.0  # log pi(tokens | state of the parent) of the policy that sampled them
     value: float = 0.0  # V(state), between -1 (it will end wrong) and 1 (right)
     children: list["Node"] = field(default_factory=list)
     visit_count: int = 0  # N
     q_value: float = 0.0  # Q, the mean of what was backed up through this step
-    outcomes: set = field(default_factory=set)  # rewards (1 or -1) of terminal steps at or below
-    closed: bool = False  # nothing at or below is left to select
+    outcomes: set = field(default_factory=set)  # 1 or -1, of terminal steps at or below
+    closed: bool = False  # everything below is terminal or closed
 
 
 def read(model: Llama, nodes: list[Node]):
@@ -65,13 +64,12 @@ def read(model: Llama, nodes: list[Node]):
     logp_BT = logits_BTV[:, :-1].log_softmax(dim=-1).gather(2, token_BT[:, 1:, None])[..., 0]
     behind_BT = last_B[:, None] - torch.arange(1, longest)  # tokens of the state behind each token
     own_BT = (behind_BT >= 0) & (behind_BT < torch.tensor([[len(node.tokens)] for node in nodes]))
-    logp_B = (logp_BT * own_BT).sum(dim=1)  # a sum, because the probabilities of tokens multiply
     last = torch.arange(len(nodes)), last_B
-    return logits_BTV[last], logp_B, value_BT[last]
+    return logits_BTV[last], (logp_BT * own_BT).sum(dim=1), value_BT[last]  # probabilities multiply
 
 
 def sft_loss(model: Llama, questions: list) -> dict:
-    """1. SFT. The mean of -log pi over the tokens of worked solutions."""
+    """1. SFT. Mean -log pi of tokens of worked solutions, half of which take a wrong order."""
     prompts = [TOKENIZER.encode(question.text + "\n").ids for question in questions]
     solutions = [TOKENIZER.encode(question.solution).ids + [EOS] for question in questions]
     nodes = [Node(None, prompt + tokens, tokens) for prompt, tokens in zip(prompts, solutions)]
@@ -80,18 +78,17 @@ def sft_loss(model: Llama, questions: list) -> dict:
 
 def train(model: Llama, items: list, losses, epochs: int, batch: int, peak_lr: float):
     """AdamW on random batches of questions or trees. `losses` gives the "total" and its terms."""
-    steps = epochs * len(items) // batch
+    updates = epochs * len(items) // batch
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    for step in range(steps):
-        decay = (1 + np.cos(np.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = peak_lr * min(decay, (step + 1) / (0.03 * steps))
-        terms = losses(model, random.Random(step).sample(items, batch))
+    for update in range(updates):
+        decay = (1 + np.cos(np.pi * update / updates)) / 2
+        optimizer.param_groups[0]["lr"] = peak_lr * min(decay, (update + 1) / (0.03 * updates))
+        terms = losses(model, random.Random(update).sample(items, batch))
         optimizer.zero_grad()
         terms["total"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0:
-            print(f"step {step}:", *(f"{name} {term:.3f}" for name, term in terms.items()))
+        if update % 100 == 0:
+            print(f"step {update}:", *(f"{name} {term:.3f}" for name, term in terms.items()))
 
 
 @torch.inference_mode()
@@ -125,7 +122,8 @@ def ending_of(step: Node) -> str | None:
 
 
 def mcts(model: Llama, question, seed: int) -> Node:
-    """2. MCTS (AlphaMath section 3.2). Grow a tree of steps and return its root."""
+    """2. MCTS (AlphaMath section 3.2). A simulation walks to a promising leaf, samples children,
+    and backs up V of the leaf and outcomes of children that end. Others wait to be selected."""
     rng = np.random.default_rng([seed, zlib.crc32(question.id.encode())])
     ties = random.Random(f"{seed} {question.id}")
     root = Node(None, TOKENIZER.encode(question.text + "\n").ids)
@@ -139,22 +137,25 @@ def mcts(model: Llama, question, seed: int) -> Node:
             if child.ending:
                 answer = extract_answer(TOKENIZER.decode(child.tokens))
                 right = child.ending == "answer" and is_correct(answer, question.answer)
-                backup(child, 2.0 * right - 1.0, {2 * right - 1})
+                backup(child, 1 if right else -1, {1 if right else -1})
         backup(leaf, leaf.value, set())  # AlphaMath eq. 5: reward of terminal steps, V of others
     return root
 
 
 def select(root: Node, ties: random.Random) -> Node | None:
-    """Walk down by puct to a step without children, past terminal and closed ones. A step with no
-    other children is closed, and the walk starts again (our choice; the official code stops)."""
+    """Walk down by puct to a step without children. A step whose children are all terminal or
+    closed is closed, and the walk starts again (our choice; the official code stops there)."""
     node = root
     while not root.closed:
         if not node.children:
             return node
         choices = [child for child in node.children if not child.ending and not child.closed]
-        best = max(map(puct, choices), default=None)
-        node.closed = not choices
-        node = ties.choice([c for c in choices if puct(c) == best]) if choices else root
+        if choices:
+            best = max(map(puct, choices))
+            node = ties.choice([child for child in choices if puct(child) == best])
+        else:
+            node.closed = True
+            node = root
     return None
 
 
@@ -173,14 +174,14 @@ def backup(node: Node | None, value: float, outcomes: set):
         node = node.parent
 
 
-def judged(parent: Node, sign: int) -> list[Node]:
+def decided(parent: Node, sign: int) -> list[Node]:
     """Children whose Q has this sign, and which have a terminal step of this reward at or below."""
     return [step for step in parent.children if step.q_value * sign > 0 and sign in step.outcomes]
 
 
 def step_pairs(parent: Node) -> list[tuple[Node, Node]]:
     """3. Pairs (winner, loser) of siblings, ranked by Q and filtered by outcome (SVPO summary)."""
-    pairs = [(w, l) for w in judged(parent, 1) for l in judged(parent, -1)]
+    pairs = [(w, l) for w in decided(parent, 1) for l in decided(parent, -1)]
     pairs = [(w, l) for w, l in pairs if w.q_value - l.q_value >= MIN_GAP]
     return pairs + [pair for child in parent.children for pair in step_pairs(child)]
 
@@ -190,19 +191,18 @@ def svpo_losses(model: Llama, trees: list[Node]) -> dict:
     nodes, good = list(trees), list(trees)
     for node in nodes:  # both lists grow: visited steps, and good steps whose parents are good
         nodes += [child for child in node.children if child.visit_count]
-        good += judged(node, 1) if node in good else []
-    found = [pairs for pairs in map(step_pairs, trees) if pairs]  # each such tree weighs the same
-    pairs = [(*pair, 1 / len(pairs) / len(found)) for pairs in found for pair in pairs]
+        good += decided(node, 1) if node in good else []
+    solved = [pairs for pairs in map(step_pairs, trees) if pairs]  # each such tree weighs the same
+    pairs = [(*pair, 1 / len(pairs) / len(solved)) for pairs in solved for pair in pairs]
     logp, value = (dict(zip(nodes, x_B)) for x_B in read(model, nodes)[1:])
     # Implicit reward (DPO section 4). The reference is the policy that grew the trees.
     reward = {node: BETA * (logp[node] - node.logp) for node in nodes}
-    # Preference (DPO eq. 7, on steps): the winner's implicit reward shall exceed the loser's.
+    # Preference (DPO eq. 7, on steps): the winner's implicit reward should exceed the loser's.
     policy = sum(weight * -F.logsigmoid(reward[w] - reward[l]) for w, l, weight in pairs)
     # Likelihood of good steps (SVPO summary), a mean over tokens.
     sft = sum(-logp[step] for step in good) / max(1, sum(len(step.tokens) for step in good))
-    # Squared error of V against the Q of the search (SVPO summary).
-    mse = sum((value[node] - node.q_value) ** 2 for node in nodes) / len(nodes)
-    # Margin: V of the winner shall exceed V of the loser by MARGIN (SVPO summary).
+    mse = sum((value[node] - node.q_value) ** 2 for node in nodes) / len(nodes)  # SVPO summary
+    # Margin: V of the winner should exceed V of the loser by MARGIN (SVPO summary).
     margin = sum(weight * F.relu(MARGIN - (value[w] - value[l])) for w, l, weight in pairs)
     total = POLICY_WEIGHT * policy + SFT_WEIGHT * sft + MSE_WEIGHT * mse + MARGIN_WEIGHT * margin
     return {"total": total, "policy": policy, "sft": sft, "mse": mse, "margin": margin}
@@ -225,10 +225,11 @@ def sbs(model: Llama, question, beam_width: int, expand_width: int, temperature:
 def report(stage: str, model: Llama, questions: list, seed: int):
     """Print the share of right answers in %, with its standard error."""
     for name, *sizes in (("greedy", 1, 1, 0), ("SBS(1,5)", 1, 5, 0.3), ("SBS(3,5)", 3, 5, 0.3)):
-        texts = [sbs(model, question, *sizes, seed) for question in questions]
-        right = [is_correct(extract_answer(t), q.answer) for t, q in zip(texts, questions)]
-        share, error = 100 * np.mean(right), 100 * np.std(right) / len(right) ** 0.5
-        print(f"{stage:5} {name:9} {share:.1f} +- {error:.1f}")
+        right = [
+            is_correct(extract_answer(sbs(model, q, *sizes, seed)), q.answer) for q in questions
+        ]
+        error = np.std(right) / len(right) ** 0.5
+        print(f"{stage:5} {name:9} {100 * np.mean(right):.1f} +- {100 * error:.1f}")
 
 
 def main(seed: int):
@@ -237,8 +238,7 @@ def main(seed: int):
     train(model, questions["sft"], sft_loss, epochs=8, batch=32, peak_lr=3e-3)
     report("SFT", model, questions["test"], seed)
     trees = [mcts(model, question, seed) for question in questions["search"]]
-    pairs = [pair for root in trees for pair in step_pairs(root)]
-    for step in max(pairs, key=lambda pair: pair[0].q_value - pair[1].q_value, default=()):
+    for step in next(filter(None, map(step_pairs, trees)), [()])[0]:  # an example
         print(f"Q {step.q_value:+.2f}:\n{TOKENIZER.decode(step.state)}")
     train(model, trees, svpo_losses, epochs=5, batch=8, peak_lr=1e-3)
     report("SVPO", model, questions["test"], seed)

@@ -6,7 +6,7 @@
 
 A run folder holds config.json, log.jsonl (one line per optimizer step) and a folder for each stage
 (sft, round1, ...) with the model in Hugging Face's layout, its trees and its eval.json. Run the
-same command again to resume. What is random depends on the seed and the step alone, so an
+same command again to resume. All randomness depends on the seed and the step alone, so an
 interrupted run ends with the weights of one that was not.
 
 Dimension key: E nodes of a pack, D width.
@@ -180,7 +180,7 @@ class TrainConfig:
     tensorboard: bool = flag(
         False, "write the log to RUN/tensorboard, too (pip install tensorboard)"
     )
-    keep: int = flag(1, "checkpoints of a stage that stay until it ends", least=1)
+    keep: int = flag(1, "checkpoints to keep while a stage runs", least=1)
     warmup: float = flag(
         0.03, "share of the steps with rising learning rate; cosine decay follows", least=0
     )
@@ -273,7 +273,7 @@ def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
         )
     if run.model != "tiny" and built_in:
         raise InputError(
-            f"--data {run.data} is a built-in task, which only --model tiny can be trained on"
+            f"--data {run.data} is a built-in task: only --model tiny can be trained on it"
         )
     if run.model == "tiny" and (run.chat or run.steps not in ("", "lines")):
         raise InputError("--chat and --steps need a real --model: the tiny one learns lines")
@@ -683,7 +683,7 @@ def sample_group(
 ) -> Generator[list[Node], list[Node], None]:
     """GRPO's group: `count` whole solutions as one tree, each backed up alone.
 
-    Steps that begin alike are one node.
+    Identical steps after the same path become one node.
     """
     for last in (yield [root] * count):
         node = root
@@ -744,8 +744,7 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer, losses: LossConfig):
     )
     if OBJECTIVES[losses.objective].pairs and not any(pairs):
         print(
-            "nothing qualifies as a pair: preferences and margin have nothing to learn from, and "
-            "this round trains the other terms alone"
+            "nothing qualifies as a pair: this round trains without the preference and margin terms"
         )
     tree, found = max(zip(trees, pairs), key=lambda item: (bool(item[1]), len(item[0].nodes)))
     show_example(tree, found, tokenizer, OBJECTIVES[losses.objective].whole_solutions)

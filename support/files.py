@@ -85,7 +85,7 @@ def hold(file: Path):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         owner = os.read(handle, 20).decode(errors="replace") or "?"
-        raise InputError(f"{file.parent}: process {owner} is still writing here; end it first")
+        raise InputError(f"{file.parent}: process {owner} is still writing here; stop it first")
     LOCKS[file.resolve()] = handle
     os.truncate(handle, 0)
     os.write(handle, str(os.getpid()).encode())
@@ -117,8 +117,8 @@ def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **m
                 different.append(f"{flag_name(name)} {before!r} -> {value!r}")
     if different:
         raise InputError(
-            f"{file} was made with another configuration: {', '.join(different)}; choose another "
-            "--out"
+            f"{file} was created with a different configuration: {', '.join(different)}; "
+            "choose a different --out"
         )
     if stored.get("questions", more.get("questions")) != more.get("questions"):
-        raise InputError(f"{file} was made with other questions; choose another --out")
+        raise InputError(f"{file} was created with different questions; choose a different --out")

@@ -550,7 +550,7 @@ def test_trees_without_preferences_are_said(capsys, tokenizer):
     assert NO_PAIRS in capsys.readouterr().out
 
 
-NO_PAIRS = "nothing qualifies as a pair: preferences and margin have nothing to learn from"
+NO_PAIRS = "nothing qualifies as a pair: this round trains without the preference and margin terms"
 
 
 def test_a_saturated_value_head_is_said(tmp_path, undisturbed):
