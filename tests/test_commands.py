@@ -105,13 +105,13 @@ def test_an_interrupted_search_ends_with_one_tree_a_question(work):
 
 
 def test_every_strategy_answers(work):
-    """Catches strategies that only run alone, a table without costs, and a diagnosis without trees
-    or a reference."""
+    """Catches strategies that only run alone, a table without costs, a diagnosis without trees or a
+    reference, and an audit that shows no answer."""
     folder, words = work
     strategies = ["greedy", "sampled", "majority:3", "best:3", "beam:2,2", "mcts:3"]
     finish(start(ROOT / "mcts.py", *words, "--limit", "8", "--out", "trees.jsonl", cwd=folder))
     answer = [ROOT / "eval.py", *words, "--limit", "6", "--strategy", *strategies]
-    more = "--trees trees.jsonl --json out.json".split()
+    more = "--trees trees.jsonl --json out.json --audit 1".split()
     printed = finish(start(*answer, *more, cwd=folder))
     found = json.loads((folder / "out.json").read_text())
     assert [row["strategy"] for row in found["answers"]] == strategies
@@ -119,6 +119,7 @@ def test_every_strategy_answers(work):
     cost = {row["strategy"]: row["sampled_tokens"] for row in found["answers"]}
     assert cost["majority:3"] > cost["greedy"] > 0
     assert "AUC" in printed and found["diagnosis"]["calibration"]
+    assert printed.count("graded by") == printed.count("\n--- ") == len(strategies)
     more = "--limit 2 --budget --json curve.json --max-step-tokens 4".split()
     finish(start(ROOT / "eval.py", *words, *more, cwd=folder))
     assert len(json.loads((folder / "curve.json").read_text())["answers"]) > 20

@@ -483,3 +483,19 @@ def test_a_search_that_asks_for_more_than_it_said_ends_cleanly(model, tokenizer)
     rounds = [count for _, _, count in engine.run(endless, "endless")]
     assert len(rounds) == 3 and all(4 <= count < 100 for count in rounds)
     assert refused == [[], [], []]
+
+
+@pytest.mark.parametrize("asked", ["nothing", "too many", "terminal"])
+def test_a_search_that_breaks_its_demand_is_stopped(model, tokenizer, asked):
+    """Catches a search that asks for nothing and is run for ever, one whose further nodes are
+    dropped without a word, and one that extends a finished solution."""
+
+    def search(question, root):
+        children = yield [root] * 2
+        ended = [child for child in children if child.ending]
+        yield {"nothing": [], "too many": [root] * 3, "terminal": ended[:1]}[asked]
+
+    config = SearchConfig(max_step_tokens=1, cache_tokens=8000)  # every step is cut
+    engine = Engine(model, tokenizer, QUESTIONS[:2], Demand(2, 1.0, expansions=4), config, rows=2)
+    with pytest.raises(ValueError, match="its Demand allows 2 lanes, 1 paths"):
+        list(engine.run(search, "broken"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,6 +71,20 @@ def test_a_run_leaves_the_promised_folder(run):
     columns = ["greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "siblings own", "siblings fixed"]
     for word in (*columns, "sft", "round1", "round2"):
         assert word in table
+
+
+@pytest.mark.parametrize("objective", ["dpo", "rft"])
+def test_what_is_printed_is_of_the_objective(tmp_path, objective):
+    """Catches figures about step pairs where the objective compares whole solutions, or nothing."""
+    words = ["--objective", objective, "--rounds", "1", "--search-questions", "40", "--out", "out"]
+    done = command(ROOT / "train.py", *SMALL, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("40 trees: "))
+    assert (" pairs and " in line) == (objective == "dpo")
+    assert ("+ last step" in done.stdout) == (objective == "dpo")
+    assert "+ sibling" not in done.stdout
+    if objective == "dpo":  # one pair a tree at most
+        assert float(re.search(r"([\d.]+) pairs", line)[1]) <= 1
 
 
 def test_the_run_is_drawn(run):
