@@ -320,7 +320,7 @@ class Tick:
         return torch.stack([token_X.double(), logp_X.double(), value_X.double()])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Lane:
     """A step that is being decoded, in one column of a row."""
 
@@ -601,8 +601,8 @@ class Engine:
             lane.slots.append(self.next_slot[lane.row])
             lane.position += 1
             self.next_slot[lane.row] += 1
+            self.sampled_tokens += not lane.given
         self.fed_tokens += len(live)
-        self.sampled_tokens += sum(not lane.given for lane in live)
         token_X, logp_X, value_X = self.sample_and_feed(live).tolist()
         for lane, token, logp, value in zip(live, token_X, logp_X, value_X):
             lane.add(int(token), logp, value)
