@@ -9,7 +9,8 @@ The weights are random, no network is needed, and it takes under 8 minutes. The 
 - Training: a step must do 6 FLOPs for each weight and unique token, and 12 for each layer, width
   and pair of tokens that see each other, at the rate that a large matrix product reaches.
 
-Dimension key: X lanes (sequences that are decoded), B rows, N lanes of a row, S slots.
+Dimension key: X tokens of one flat line (one for each sequence that is decoded), W all lanes,
+B rows, N lanes of a row, S slots, L layers, G key/value heads, K head width, D width.
 """
 
 import argparse

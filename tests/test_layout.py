@@ -123,10 +123,9 @@ def dimension_key(file: Path) -> set[str]:
     return set(re.findall(r"\b([A-Z])\b", text.partition("Dimension key:")[2]))
 
 
-@pytest.mark.parametrize("module", [*MODULES, "support.graphs"])
-def test_dimension_keys_are_complete(module):
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_dimension_keys_are_complete(file):
     """Catches a shape suffix whose letter the file's docstring does not explain."""
-    file = source_file(module)
     names = {
         node.id if isinstance(node, ast.Name) else node.attr
         for node in ast.walk(ast.parse(file.read_text()))
@@ -139,7 +138,7 @@ def test_dimension_keys_are_complete(module):
         name.rpartition("_")[2] for name in names if re.fullmatch(r"[a-z]\w*_[A-Z0-9]+", name)
     ]
     used = {letter for suffix in suffixes for letter in suffix if letter.isalpha()}
-    assert used <= dimension_key(file), f"{module}: {sorted(used - dimension_key(file))}"
+    assert used <= dimension_key(file), sorted(used - dimension_key(file))
 
 
 @pytest.mark.parametrize("page", ["docs/engine.md", "docs/objectives.md", "README.md"])
