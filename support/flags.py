@@ -84,14 +84,15 @@ def make_parser(description: str, configs: tuple, required: tuple, recipe: Recip
     layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100)
     parser = argparse.ArgumentParser(
         usage=USAGE,
-        description=description,
+        description=description.partition("Dimension key:")[0].rstrip(),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=layout,
     )
     parser.error = fail
     for config in configs:
-        group = parser.add_argument_group(config.__name__, config.__doc__)
+        first_line = config.__doc__.partition("\n")[0]
+        group = parser.add_argument_group(config.__name__, first_line)
         for item in dataclasses.fields(config):
             text = help_text(item, item.name in required, recipe).replace("%", "%%")
             needed = item.name in required
