@@ -25,7 +25,8 @@ from torch import Tensor
 from support.chat import chat_template
 from support.files import append, sync
 from support.flags import InputError, Recipe, flag
-from support.hugging_face import find_folder, read_tokenizer
+from support.hugging_face import find_folder
+from support.tokenizer_files import read_tokenizer
 from tasks.built_in import generate, is_built_in
 from tasks.code_steps import run_code, split_xml
 from tasks.grading import algebra, extract_answer, is_correct, needs_algebra

@@ -28,16 +28,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from support.config_json import FAMILIES, REQUIRED, parse_config
 from support.files import publish, write_json
 from support.flags import InputError
-from support.hugging_face import (
-    FAMILIES,
-    REQUIRED,
-    check_tensors,
-    find_folder,
-    parse_config,
-    read_tensors,
-)
+from support.hugging_face import check_tensors, find_folder, read_tensors
 
 LOGITS = 2**24  # logits computed at once while training: 64 MB in float32
 
