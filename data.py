@@ -12,8 +12,10 @@ import dataclasses
 import glob
 import json
 import os
+import random
 import re
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from support.chat import chat_template
+from support.chat import answer_end, chat_template
 from support.files import append, sync
 from support.flags import InputError, Recipe, flag
 from support.hugging_face import find_folder
-from support.tokenizer_files import read_tokenizer
+from support.tokenizer_files import UNLIMITED, read_tokenizer, vocabulary_of
 from tasks.built_in import generate, is_built_in
 from tasks.code_steps import run_code, split_xml
 from tasks.grading import algebra, extract_answer, is_correct, needs_algebra
@@ -181,12 +183,12 @@ DATASETS = {  # yours may be added
 # -------------------------------------------------------------------------------- reading questions
 
 
-def locate(spec: str, data_dir: str) -> tuple[str, Path]:
+def locate(spec: str, data_dir: str, split: str = "") -> tuple[str, Path]:
     """The dataset and the file that a word of --data names.
 
-    NAME or NAME:SPLIT is a file of that dataset (the first split if none is named), NAME:FILE reads
-    a file as that dataset's. Any other word is a file: of the dataset that its folder is named
-    after (math/train.jsonl), else of `plain`.
+    NAME or NAME:SPLIT is a file of that dataset, NAME:FILE reads a file as that dataset's. Without
+    SPLIT it is `split` if there is such a one, else the first. Any other word is a file: of the
+    dataset that its folder is named after (math/train.jsonl), else of `plain`.
     """
     name, _, rest = spec.partition(":")
     if name not in DATASETS:
@@ -195,7 +197,7 @@ def locate(spec: str, data_dir: str) -> tuple[str, Path]:
     splits = DATASETS[name].splits
     if rest not in splits and Path(rest).is_file():
         return name, Path(rest)
-    split = rest or next(iter(splits), "")
+    split = rest or (split if split in splits else next(iter(splits), ""))
     if split not in splits:
         known = f"the splits of {name} are {', '.join(splits)}" if splits else "name a file"
         raise InputError(f"--data {spec}: {known}; there is no file {rest!r} either")
@@ -277,12 +279,13 @@ def to_question(row: dict, dataset: str, where: str, identity: str) -> Question 
 
 
 def load_questions(
-    spec: str, limit: int | None = None, seed: int = 0, data_dir: str = ""
+    spec: str, limit: int | None = None, seed: int = 0, data_dir: str = "", split: str = "train"
 ) -> list[Question]:
     """The questions that --data names, the first `limit` of each file.
 
     `spec` is a built-in task, NAME[:SPLIT] (by default split test; 500 questions, drawn with
-    `seed`), or words as `locate` reads them. InputError names the file and line of a bad row.
+    `seed`), or words as `locate` reads them; `split` is taken of datasets that are named without
+    one. InputError names the file and line of a bad row.
     """
     if is_built_in(spec):
         name, _, split = spec.partition(":")
@@ -290,8 +293,10 @@ def load_questions(
         return [Question(*row) for row in generate(name, split or "test", count, seed)]
     questions = []
     ids = set()
-    for word in [spec] if Path(spec).exists() else spec.split():
-        dataset, file = locate(word, data_dir)
+    for word in split_words(spec):
+        dataset, file = locate(word, data_dir, split)
+        if word in DATASETS and word != "plain":
+            print(f"--data {word}: {file}")
         stem = file.stem if file == Path(word) else f"{file.parent.name}-{file.stem}"
         for number, row in read_rows(file, limit):
             where = f"{file}, line {number}"
@@ -330,22 +335,54 @@ def load_splits(run) -> dict[str, list]:
             "valid": load_questions(f"{run.data}:valid", run.valid_questions),
             "test": load_questions(f"{run.data}:test", run.test_limit),
         }
-    questions = load_questions(run.data, run.limit or None, data_dir=run.data_dir)
+    questions, test = [], []
+    for word in split_words(run.data):
+        found = load_questions(word, run.limit or None, data_dir=run.data_dir)
+        held_out = 0 if run.test_data else max(1, len(found) // 5)
+        questions += found[: len(found) - held_out]
+        test += found[len(found) - held_out :]
     if run.test_data:
-        test = load_questions(run.test_data, run.test_limit, data_dir=run.data_dir)
+        test = load_questions(run.test_data, data_dir=run.data_dir, split="test")
     else:
-        held_out = max(1, len(questions) // 5)
-        test = questions[-held_out:][: run.test_limit]
-        questions = questions[:-held_out]
-        print(f"no --test-data: the last {held_out} questions of {run.data} are the test questions")
-    tested = {question.text for question in test}
-    kept = [question for question in questions if question.text not in tested]
+        print(
+            f"no --test-data: the last fifth of each file of {run.data}, {len(test)} questions, is "
+            "held out for testing"
+        )
+    check_ids(questions, run.data)
+    tested = {comparable(question.text) for question in test}
+    kept = [question for question in questions if comparable(question.text) not in tested]
     if len(kept) < len(questions):
         print(f"{len(questions) - len(kept)} training questions are test questions; left out")
     if not kept:
         raise InputError(f"{run.data}: no question is left for training")
+    if len(test) > run.test_limit:
+        drawn = random.Random(run.seed).sample(range(len(test)), run.test_limit)
+        test = [test[index] for index in sorted(drawn)]
     worked = [question for question in kept if question.solution]
     return {"sft": worked, "search": [kept] * run.rounds, "valid": [], "test": test}
+
+
+def split_words(spec: str) -> list[str]:
+    """The words of --data; a file whose name holds spaces is one word."""
+    return [spec] if Path(spec).exists() else spec.split()
+
+
+def check_ids(questions: list[Question], spec: str):
+    """Refuse ids that occur twice."""
+    ids = set()
+    for question in questions:
+        if question.id in ids:
+            raise InputError(f"{spec}: id {question.id!r} occurs twice")
+        ids.add(question.id)
+
+
+def comparable(text: str) -> str:
+    """A question's text without what does not tell two questions apart.
+
+    That is case, spaces (LaTeX's, too), dollar signs and punctuation between words.
+    """
+    text = re.sub(r"\\[,;:! ]", "", text.lower())
+    return re.sub(r"[\s$.,;:!?'\"`\u2018\u2019\u201c\u201d]", "", text)
 
 
 def outcome_of(question: Question) -> Callable[[object], float]:
@@ -368,8 +405,9 @@ def outcome_of(question: Question) -> Callable[[object], float]:
 class StepTokenizer:
     """A tokenizer.json with a prompt template, end-of-text ids, and what ends a step.
 
-    `chat`, if given, renders the prompt in a chat template. With `tools` the code of XML steps runs
-    where it ends (tasks/code_steps.py).
+    All of `eos_ids` end a text, and the first one ends worked solutions. `chat`, if given, renders
+    the prompt in a chat template. With `tools` the code of XML steps runs where it ends
+    (tasks/code_steps.py). The model has `vocabulary` token ids; higher ones are refused.
     """
 
     def __init__(
@@ -380,6 +418,7 @@ class StepTokenizer:
         chat: Callable[[str], str] | None = None,
         steps: StepFormat = LINES,
         tools: bool = False,
+        vocabulary: int = UNLIMITED,
     ):
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
@@ -387,6 +426,7 @@ class StepTokenizer:
         self.chat = chat
         self.steps = steps
         self.tools = tools
+        self.vocabulary = vocabulary
         # a longer delimiter may span tokens, so it must be looked for in the decoded text
         self.long_delimiter = len(steps.delimiter) > 1
         self.tables_4V = self.make_tables()
@@ -394,14 +434,18 @@ class StepTokenizer:
     @staticmethod
     def load(folder: str | Path, template: str = "{question}\n", **more) -> "StepTokenizer":
         """The tokenizer of a folder in Hugging Face's layout."""
-        return StepTokenizer(*read_tokenizer(Path(folder)), template, **more)
+        folder = Path(folder)
+        after_answer = answer_end(folder) if more.get("chat") else ""
+        found = read_tokenizer(folder, after_answer)
+        return StepTokenizer(*found, template, vocabulary=vocabulary_of(folder), **more)
 
     def make_tables(self) -> Tensor:
         """Of each token, four booleans (4, V): whether it ends the text, may end a step, holds
         visible text, and holds visible text before its delimiter."""
         delimiter = self.steps.delimiter
         rows = []
-        for token in range(1 + max(self.tokenizer.get_vocab().values())):
+        size = 1 + max(self.tokenizer.get_vocab().values())
+        for token in range(min(size, self.vocabulary)):
             text = self.tokenizer.decode([token], skip_special_tokens=False)
             visible = self.long_delimiter or bool(text.strip())
             before = self.long_delimiter or bool(text.partition(delimiter)[0].strip())
@@ -409,18 +453,34 @@ class StepTokenizer:
         return torch.tensor(rows).T.contiguous()
 
     def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
-        """The tokens of a question's prompt; InputError if there are more than `room`."""
+        """The tokens of a question's prompt; InputError if there are more than `room`.
+
+        What the tokenizer appends to a text (end-of-text) is left out: the solution follows.
+        """
         text = self.template.replace("{question}", question.text)
         if self.chat:
-            encoding = self.tokenizer.encode(self.chat(text.strip()), add_special_tokens=False)
+            ids = self.tokenizer.encode(self.chat(text.strip()), add_special_tokens=False).ids
         else:
             encoding = self.tokenizer.encode(text)
-        if room is not None and len(encoding.ids) > room:
+            ids = encoding.ids
+            while ids and encoding.special_tokens_mask[len(ids) - 1]:
+                ids = ids[:-1]
+        self.check_ids(ids, f"question {question.id}: its prompt")
+        if room is not None and len(ids) > room:
             raise InputError(
-                f"question {question.id}: its prompt has {len(encoding.ids)} tokens, "
+                f"question {question.id}: its prompt has {len(ids)} tokens, "
                 f"but beside one step the model's context has room for {room}"
             )
-        return encoding.ids
+        return ids
+
+    def check_ids(self, ids: list[int], what: str):
+        """Refuse tokens that the model does not have."""
+        for token in ids:
+            if token >= self.vocabulary:
+                word = self.tokenizer.id_to_token(token)
+                raise InputError(
+                    f"{what} has token {word!r} (id {token}), but the model has {self.vocabulary}"
+                )
 
     def with_prompt(self, prompt_file: str) -> "StepTokenizer":
         """A copy with the template of another prompt file; itself if no file is named."""
@@ -455,7 +515,7 @@ class StepTokenizer:
     def encode_steps(self, solution: str) -> list[tuple[list[int], list[bool]]]:
         """Of each step of a worked solution its tokens, and which of them the model is to write.
 
-        End-of-text ends the last step.
+        End-of-text, the first of `eos_ids`, ends the last step.
         """
         found = []
         for step in self.steps.steps(solution):
@@ -463,6 +523,7 @@ class StepTokenizer:
             written = []
             for text, by_model in step:
                 ids = self.encode(text)
+                self.check_ids(ids, f"a worked solution, {solution[:40]!r},")
                 tokens += ids
                 written += [by_model] * len(ids)
             found.append((tokens, written))
@@ -564,6 +625,76 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     return Tree(question.id, question.text, question.answer, nodes)
 
 
+def solution_fate(question: Question, tokenizer: StepTokenizer, search, context: int) -> str:
+    """What a search would make of a worked solution if a model wrote it (mcts.SearchConfig).
+
+    "right", "wrong" (another answer), "unparsed" (no answer stated), "cut" (a step is longer than
+    --max-step-tokens), "deep" (more than --max-depth steps), or "long" (a prompt, solution and step
+    to come that are longer than `context` tokens).
+    """
+    used = len(tokenizer.encode_prompt(question))
+    steps = tokenizer.encode_steps(question.solution)
+    for depth, (tokens, _) in enumerate(steps, 1):
+        if used + search.max_step_tokens > context:
+            return "long"
+        if len(tokens) > search.max_step_tokens:
+            return "cut"
+        if depth > search.max_depth:
+            return "deep"
+        used += len(tokens)
+        answer = extract_answer(tokenizer.tokenizer.decode(tokens))
+        if answer is not None:
+            return "right" if is_correct(answer, question.answer) else "wrong"
+    return "unparsed"
+
+
+def check_solutions(questions: list[Question], tokenizer: StepTokenizer, search, context: int):
+    """Judge worked solutions as the search would judge them, and print the share that is right.
+
+    Limits that cut good solutions teach a model to write short ones. Under 95 % the flags to raise
+    are named; InputError under 50 %.
+    """
+    fates = Counter(solution_fate(one, tokenizer, search, context) for one in questions)
+    share = 100 * fates["right"] / len(questions)
+    others = [f"{count} {name}" for name, count in fates.most_common() if name != "right"]
+    text = f"{share:.1f} % of {len(questions)} worked solutions count as right"
+    print(f"data check: {text}" + (f"; {', '.join(others)}" if others else ""))
+    if share >= 95:
+        return
+    remedy = {
+        "cut": f"raise --max-step-tokens {search.max_step_tokens}",
+        "deep": f"raise --max-depth {search.max_depth}",
+        "long": f"raise --max-tokens {context} as far as the model's context goes",
+        "unparsed": "see that the solutions state their answers after #### or in \\boxed, and "
+        "that --steps fits them",
+        "wrong": "see that the stated answers are those of the rows",
+    }
+    worst = next(name for name, _ in fates.most_common() if name != "right")
+    if share < 50:
+        raise InputError(f"{text} ({', '.join(others)}): {remedy[worst]}")
+    print(f"data check: under 95 %: {remedy[worst]}")
+
+
+def fitting(questions: list[Question], tokenizer: StepTokenizer, room: int) -> list[Question]:
+    """The questions whose prompts have at most `room` tokens; the others are counted aloud.
+
+    InputError if none is left.
+    """
+    if room < 1:
+        raise InputError(
+            f"the context leaves {room} tokens beside a step: use a lower --max-step-tokens"
+        )
+    kept = [one for one in questions if len(tokenizer.encode_prompt(one)) <= room]
+    if questions and not kept:
+        tokenizer.encode_prompt(questions[0], room)
+    if len(kept) < len(questions):
+        print(
+            f"{len(questions) - len(kept)} questions have prompts of more than {room} tokens, what "
+            "the context leaves beside a step; left out"
+        )
+    return kept
+
+
 def write_trees(file: Path, trees: Iterable[Tree], mode: str = "a"):
     """Append trees, one JSON line each, as they come; with mode "w" they replace the file."""
     open(file, mode).close()
@@ -600,10 +731,13 @@ def node_problem(index: int, node: TreeNode) -> str:
 def read_trees(file: str | Path, content: bytes | None = None) -> list[Tree]:
     """All trees of a JSONL file; InputError names the line of a bad one."""
     trees = []
+    known = {}
     for number, row in read_rows(Path(file), content=content):
         where = f"{file}, line {number}"
         try:
             tree = Tree(**{**row, "nodes": [TreeNode(**node) for node in row["nodes"]]})
+            for node in tree.nodes:  # equal ids as one object: a third of the memory
+                node.tokens = [known.setdefault(token, token) for token in node.tokens]
         except (TypeError, KeyError) as error:
             raise InputError(f"{where}: not a tree ({error})")
         texts = (tree.id, tree.question, tree.answer, tree.stopped)
@@ -679,8 +813,8 @@ BUILT_IN = Recipe(
         "max_depth": 5,
         "max_step_tokens": 16,
         "search_temperature": 0.7,
+        "tree_tokens": 880,
         "search_rows": 128,
-        "cache_tokens": 131072,
         # eval.AnswerConfig
         "answer_temperature": 0.3,
         "answer_lanes": 512,
@@ -698,6 +832,35 @@ BUILT_IN = Recipe(
     },
     lambda flags: is_built_in(flags["data"]),
 )
+
+# the defaults for real models and questions
+REAL = Recipe(
+    "real model",
+    {
+        # mcts.SearchConfig: AlphaMath's search, with limits that 98 % of MATH's solutions fit in
+        "simulations": 40,
+        "expand_width": 5,
+        "max_depth": 64,
+        "max_step_tokens": 512,
+        "max_tokens": 2048,
+        "tree_tokens": 8192,
+        # eval.AnswerConfig
+        "answer_lanes": 512,
+        # train.RunConfig and train.TrainConfig
+        "rounds": 3,
+        "sft_epochs": 2,
+        "sft_batch": 64,
+        "tune_batch": 64,
+        "recompute": True,
+    },
+    lambda flags: not is_built_in(flags["data"]),
+)
+ON_GPU = Recipe(
+    "GPU",
+    {"dtype": "bfloat16"},
+    lambda flags: REAL.applies(flags) and (flags["device"] != "cpu" or flags.get("plan", False)),
+)
+RECIPES = (BUILT_IN, REAL, ON_GPU)
 
 
 @dataclass(frozen=True)
@@ -739,7 +902,7 @@ def step_format(source: SourceConfig) -> StepFormat:
         return STEP_FORMATS[source.steps]
     if is_built_in(source.data):
         return LINES
-    words = [source.data] if Path(source.data).exists() else source.data.split()
+    words = split_words(source.data)
     formats = {DATASETS[locate(word, source.data_dir)[0]].steps for word in words}
     if len(formats) > 1:
         raise InputError(f"--data {source.data}: these end steps differently; choose --steps")

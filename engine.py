@@ -22,7 +22,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +33,14 @@ from data import Question, SourceConfig, StepTokenizer, find_source, load_questi
 from model import Llama, LlamaConfig, load_model
 from support.flags import InputError
 from support.graphs import Graphed
+from support.memory import free_memory, search_bytes
 from support.progress import progress
-from support.ranks import device_of
+from support.ranks import use_device
 from tasks.built_in import is_built_in
 from tasks.code_steps import ends_code, output_tokens
 from tasks.grading import extract_answer
 
+BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 CODE_TOKENS = 128  # least --max-step-tokens for steps that hold code and its output
 
 
@@ -110,6 +112,9 @@ class Demand:
     expansions: int
     paths: int = 1  # partial solutions extended at once, at most
     steps_per_lane: int = 1
+    # only children of the newest request are extended again: all other steps are forgotten, so that
+    # the store holds no more than the paths
+    moves_on: bool = False
 
     def __post_init__(self):
         if min(self.lanes, self.expansions, self.paths, self.steps_per_lane) < 1:
@@ -145,48 +150,72 @@ class Room:
 
     rows: int  # searches at once
     slots: int  # of a row: the prompt, the paths being extended and their new steps
-    store: int  # of a row: complete steps of the tree
-    tokens: int  # of a search: its prompt and complete steps, at most
+    store: int  # of a row: complete steps that may be extended again
+    tokens: int  # of a search: its prompt and stored steps, at most
 
     def for_steps(self, prompt_tokens: int) -> int:
         """Tokens of complete steps that a search with such a prompt may store."""
         return min(self.tokens - prompt_tokens, self.store)
 
 
-def reserve(prompts: list[int], demand: Demand, config, rows: int, fit: bool) -> Room:
-    """The room for searches whose prompts have these lengths.
+def reserve(prompts: list[int], demand: Demand, config, context: int, fit: bool) -> Room:
+    """The room of one search whose prompt has one of these lengths (`Room.rows` is 1).
 
-    `config` (mcts.SearchConfig) gives the longest step and solution, and how many tokens the cache
-    holds. With `fit` there are few enough rows that every search finds all the room it may need;
-    otherwise a search that has used up its share gets no more children. InputError if the cache is
-    too small.
+    `config` (mcts.SearchConfig) gives the longest step and solution, and how many tokens a tree may
+    hold. With `fit` a search finds all the room that it may need; otherwise one that has used up
+    --tree-tokens gets no more children. InputError if these are too few for one expansion.
 
     Example: 4 lanes, steps of 16 tokens, at most 5 of them on a path, prompts of 10 tokens, 12
-    expansions. The slots take 10 + 5 * 16 + 4 * 16 = 154 tokens a row, and a whole tree takes
-    12 * 4 * 16 = 768 places of the store. With 131,072 tokens for 128 rows, each has 1,024: beside
-    the 144 slots behind its prompt a search may use 880 for its prompt and its tree.
+    expansions. The slots take 10 + 5 * 16 + 4 * 16 = 154 tokens, and a whole tree takes
+    12 * 4 * 16 = 768 places of the store.
     """
     longest_prompt = max(prompts, default=1)
+    shortest_prompt = min(prompts, default=1)
     new_steps = demand.lanes * config.max_step_tokens
+    depth = max(config.max_depth, demand.steps_per_lane)
+    path = min(depth * config.max_step_tokens, context - shortest_prompt)
     if demand.steps_per_lane > 1:
-        behind_prompt = demand.steps_per_lane * new_steps
+        behind_prompt = demand.lanes * path
         whole_tree = 0
     else:
-        behind_prompt = demand.paths * config.max_depth * config.max_step_tokens + new_steps
-        whole_tree = demand.expansions * new_steps
-    if fit:
-        each = longest_prompt + behind_prompt + whole_tree
-        rows = max(1, min(rows, config.cache_tokens // each))
-    tokens = config.cache_tokens // rows - behind_prompt
-    least = longest_prompt + (whole_tree if fit else new_steps)
-    if tokens < least:
+        behind_prompt = demand.paths * path + new_steps
+        whole_tree = behind_prompt if demand.moves_on else demand.expansions * new_steps
+    fit |= demand.moves_on
+    tokens = longest_prompt + whole_tree if fit else config.tree_tokens
+    if demand.steps_per_lane == 1 and tokens < longest_prompt + new_steps:
         raise InputError(
-            f"--cache-tokens {config.cache_tokens}: searching {rows} questions at once needs at "
-            f"least {rows * (behind_prompt + least)}"
+            f"--tree-tokens {tokens}: a prompt of {longest_prompt} tokens and one expansion need "
+            f"at least {longest_prompt + new_steps}"
         )
-    store = min(whole_tree, tokens - min(prompts, default=1))
-    used_rows = max(1, min(rows, len(prompts)))
-    return Room(used_rows, longest_prompt + behind_prompt, store, tokens)
+    store = min(whole_tree, tokens - shortest_prompt)
+    return Room(1, longest_prompt + behind_prompt, store, tokens)
+
+
+def rows_of(room: Room, demand: Demand, most: int, model: Llama, cache_tokens: int) -> int:
+    """How many searches run at once: at most `most`, and as many as there is memory for.
+
+    `cache_tokens` bounds the cache; 0: what the device has free (support/memory.py). InputError if
+    there is no room for a single search.
+    """
+    each = room.slots + room.store
+    if cache_tokens:
+        rows = min(most, cache_tokens // each)
+        if rows < 1:
+            raise InputError(
+                f"--cache-tokens {cache_tokens}: searching a question needs at least {each}; with "
+                "fewer --max-step-tokens or --tree-tokens it needs less"
+            )
+        return rows
+    weight = model.output_weight()
+    free = free_memory(weight.device)
+    one = search_bytes(model.config, weight.element_size(), each, demand.lanes)
+    if free < one:
+        raise InputError(
+            f"{weight.device}: {free / 1e9:.1f} GB are free, and searching a question needs "
+            f"{one / 1e9:.1f} GB; with fewer --max-step-tokens, --max-tokens or --tree-tokens it "
+            "needs less"
+        )
+    return min(most, int(free // one))
 
 
 class TreeCache:
@@ -344,7 +373,8 @@ class Lane:
         """Begin a step of `parent`; `uniform` (C,) are its random numbers."""
         self.live = True
         self.parent = parent
-        self.uniform = uniform.astype(np.float32).tolist()
+        # below 1 in float32, too, where the largest float64 below 1 is rounded up
+        self.uniform = uniform.astype(np.float32).clip(max=BELOW_ONE).tolist()
         self.tokens, self.sampled, self.slots, self.given = [], [], [], []
         self.position = parent.path_tokens - 1
         self.has_text = False
@@ -396,15 +426,19 @@ class Engine:
         self.device = weight.device
         self.static = self.device.type == "cuda" if static is None else static
         self.step_tokens = config.max_step_tokens
-        self.context = model.config.max_position_embeddings
+        self.context = context_of(model.config, config)
         self.tables_4V = tokenizer.tables_4V.numpy()
         waiting = self.encode_prompts(questions)
         self.waiting = waiting[::-1]  # the next one last
         prompts = [len(prompt) for _, prompt in waiting]
-        self.room = room = reserve(prompts, demand, config, rows, fit)
-        slots = room.slots + self.static  # one that nobody reads, for dead lanes of static ticks
+        room = reserve(prompts, demand, config, self.context, fit)
+        # one more slot that nobody reads, for dead lanes of static ticks
+        room = replace(room, slots=room.slots + self.static)
+        most = max(1, min(rows, len(prompts)))
+        rows = rows_of(room, demand, most, model, config.cache_tokens)
+        self.room = room = replace(room, rows=rows)
         self.cache = TreeCache(
-            model.config, room.rows, slots, room.store, self.device, weight.dtype
+            model.config, room.rows, room.slots, room.store, self.device, weight.dtype
         )
         self.searches: list[Search | None] = [None] * room.rows
         numbers = range(room.rows * demand.lanes)
@@ -558,7 +592,7 @@ class Engine:
 
     def has_room(self, search: Search, parents: list[Node]) -> bool:
         """Whether the store of a row can take a new step of each of these nodes."""
-        if self.demand.steps_per_lane > 1:  # their steps are not stored
+        if self.demand.steps_per_lane > 1 or self.demand.moves_on:  # `reserve` has seen to it
             return True
         new = len(parents) * self.step_tokens
         return search.stored + new <= self.room.for_steps(len(search.root.tokens))
@@ -586,6 +620,20 @@ class Engine:
             for node in path:
                 self.mask_BNS[row, column, slots[node]] = True
         self.next_slot[row] = end
+        if self.demand.moves_on:
+            self.forget_others(search, row, slots)
+
+    def forget_others(self, search: Search, row: int, slots: dict[Node, slice]):
+        """Keep only the nodes whose tokens lie in these slots, at the beginning of the store."""
+        prompt = len(search.root.tokens)
+        kept = {search.root: search.states[search.root]}
+        for node, where in slots.items():
+            place = where.start - prompt
+            slot_C = torch.arange(where.start, where.stop, device=self.device)
+            self.cache.put_away(row, slot_C, place)
+            kept[node] = State(search.states[node].hidden_D, place)
+        search.states = kept
+        search.stored = sum(len(node.tokens) for node in slots)
 
     # --------------------------------------------------------------------------------------- a tick
 
@@ -620,7 +668,7 @@ class Engine:
         mask_B1NS = self.mask_BNS[:, None, :, : self.slots_to_read()]
         inputs = [lane_X, uniform_X, given_X, slot_X, position_X]
         if self.static:  # dead lanes go along, to a slot that nobody reads
-            idle = (np.arange(len(self.lanes)), 0.0, -1, self.room.slots, 0)
+            idle = (np.arange(len(self.lanes)), 0.0, -1, self.room.slots - 1, 0)
             inputs = [self.spread(lane_X, *pair) for pair in zip(inputs, idle)]
         found_3X = self.device_tick(*map(self.to_device, (*inputs, mask_B1NS))).cpu().numpy()
         return found_3X[:, lane_X] if self.static else found_3X
@@ -762,14 +810,21 @@ class Engine:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
+def context_of(model: LlamaConfig, search) -> int:
+    """Tokens of a prompt and its solution, at most; `search` is a mcts.SearchConfig."""
+    return min(model.max_position_embeddings, search.max_tokens or model.max_position_embeddings)
+
+
 def load_source(
-    source: SourceConfig, question_seed: int = 0
+    source: SourceConfig, question_seed: int, split: str
 ) -> tuple[Llama, StepTokenizer, list[Question]]:
     """The model, its tokenizer and the questions that a command names.
 
-    `question_seed` draws the questions of a built-in task.
+    `question_seed` draws the questions of a built-in task, and `split` is taken of datasets that
+    are named without one.
     """
-    questions = load_questions(source.data, source.limit or None, question_seed, source.data_dir)
+    limit = source.limit or None
+    questions = load_questions(source.data, limit, question_seed, source.data_dir, split)
     folder, tokenizer = find_source(source)
     # in the built-in tasks, what no word covers is end-of-text
     ends = set(tokenizer.eos_ids) & set(tokenizer.encode_prompt(questions[0]))
@@ -779,4 +834,4 @@ def load_source(
             "model is of another task"
         )
     dtype = getattr(torch, source.dtype)
-    return load_model(folder, device_of(source), dtype, source.seed), tokenizer, questions
+    return load_model(folder, use_device(source), dtype, source.seed), tokenizer, questions

@@ -23,22 +23,31 @@ from pathlib import Path
 import numpy as np
 
 from data import (
-    BUILT_IN,
+    RECIPES,
     Question,
     SourceConfig,
     StepTokenizer,
     Tree,
     check_token_ids,
+    fitting,
     read_trees,
 )
-from engine import Demand, Engine, Node, load_source
+from engine import Demand, Engine, Node, context_of, load_source
 from mcts import SearchConfig, mcts, search_trees
 from model import Llama, load_model
 from support.figures import draw_budget, draw_run
 from support.files import read_json, write_json
 from support.flags import InputError, flag, parse_args, run_command
 from support.page import shorten, write_page
-from support.ranks import gather, rank_share
+from support.ranks import (
+    gather,
+    join_ranks,
+    leave_ranks,
+    on_rank_0,
+    rank_share,
+    use_device,
+    world_size,
+)
 from support.tables import print_answers, print_audit, print_diagnosis
 from svpo import outcomes_below, rescore, sibling_pairs
 from tasks.grading import compare_answers, extract_answer, is_correct
@@ -203,7 +212,7 @@ def beam_strategy(
 ) -> Strategy:
     """Step-level beam search as a strategy."""
     lanes = beam_width * expand_width
-    demand = Demand(lanes, temperature, expansions=search.max_depth, paths=beam_width)
+    demand = Demand(lanes, temperature, search.max_depth, paths=beam_width, moves_on=True)
 
     def start(question, root):
         return beam_search(root, beam_width, expand_width, search.max_depth)
@@ -307,7 +316,8 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
     shares = []
     for tree in trees:
         pairs = sibling_pairs(tree)
-        right = sum(tree.nodes[win].value > tree.nodes[lose].value for win, lose, _ in pairs)
+        gaps = [tree.nodes[win].value - tree.nodes[lose].value for win, lose, _ in pairs]
+        right = sum(map(ranked, gaps))
         if pairs:
             shares.append(right / len(pairs))
     error = statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None
@@ -316,6 +326,11 @@ def sibling_accuracy(trees: list[Tree]) -> dict:
         "accuracy": statistics.fmean(shares) if shares else None,
         "standard_error": error,
     }
+
+
+def ranked(gap: float) -> float:
+    """1 if a judge puts the better sibling higher, by `gap`; ties (under 0.001) count half."""
+    return 0.5 if abs(gap) < 1e-3 else float(gap > 0)
 
 
 def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
@@ -331,9 +346,7 @@ def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
     for tree, scored in zip(trees, judged):
         for win, lose, _ in sibling_pairs(tree):
             gaps = pair_gaps(tree, scored, win, lose)
-            # gaps under 0.001 are ties and count half
-            ranked = [0.5 if abs(gap) < 1e-3 else float(gap > 0) for gap in gaps]
-            depths.setdefault(len(tree.path(win)), []).append(ranked)
+            depths.setdefault(len(tree.path(win)), []).append([ranked(gap) for gap in gaps])
         for index, (right, wrong) in enumerate(zip(*outcomes_below(tree))):
             if index and right + wrong:
                 chance.append(right / (right + wrong))
@@ -512,13 +525,13 @@ def main():
     drawing = any(word.startswith(("--show", "--figures")) for word in sys.argv)
     kinds = (SourceConfig, EvalConfig, SearchConfig, AnswerConfig)
     required = () if drawing else ("model", "data")
-    configs = parse_args(__doc__, kinds, sys.argv[1:], required, BUILT_IN)
+    configs = parse_args(__doc__, kinds, sys.argv[1:], required, RECIPES)
     source, config, search, answering = configs
     if config.show:
         print(show_trees(Path(config.show), source.model))
         return
     if config.figures:
-        print(show_run(Path(config.figures), source.device))
+        print(show_run(Path(config.figures), use_device(source)))
         return
     strategies = BUDGET if config.budget else config.strategy
     for strategy in strategies:
@@ -526,8 +539,12 @@ def main():
     out = Path(config.json)
     if config.json and not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"--json {out}: its folder does not exist or cannot be written to")
+    if world_size() > 1:
+        join_ranks(source)
     trees = read_trees(config.trees) if config.trees else []
-    model, tokenizer, questions = load_source(source)
+    model, tokenizer, questions = load_source(source, 0, "test")
+    room = context_of(model.config, search) - search.max_step_tokens
+    questions = fitting(questions, tokenizer, room)
     check_token_ids(trees, model.config.vocab_size, config.trees)
     answers = []
     row = {"model": source.model, "answers": answers}
@@ -537,7 +554,7 @@ def main():
         )
         answers.append(found)
         if config.json:
-            write_json(out, row)
+            on_rank_0(lambda: write_json(out, row))
     print(f"\n{source.model} on {len(questions)} questions of {source.data}")
     print_answers(answers)
     if config.audit:
@@ -547,9 +564,10 @@ def main():
         row |= {"siblings": sibling_accuracy(judged), "diagnosis": diagnose(trees, judged)}
         print_diagnosis(row["diagnosis"])
     if config.json:
-        write_json(out, row)
+        on_rank_0(lambda: write_json(out, row))
     if config.json and config.budget:
-        draw_budget(answers, out.with_suffix(".png"))
+        on_rank_0(lambda: draw_budget(answers, out.with_suffix(".png")))
+    leave_ranks()
 
 
 if __name__ == "__main__":

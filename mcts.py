@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import (
-    BUILT_IN,
+    RECIPES,
     Question,
     SourceConfig,
     StepTokenizer,
     Tree,
     TreeNode,
+    fitting,
     outcome_of,
     resume_trees,
     write_trees,
 )
-from engine import Demand, Engine, Node, load_source
+from engine import Demand, Engine, Node, context_of, load_source
 from model import Llama
 from support.files import hold, keep_config
 from support.flags import flag, parse_args, run_command
@@ -58,9 +59,15 @@ class SearchConfig:
         least=0,
     )
     leaf_value: bool = flag(True, "back up V of each expanded leaf; without it outcomes alone")
-    search_rows: int = flag(8, "questions searched at once", least=1)
+    max_tokens: int = flag(
+        0, "tokens of a prompt and its solution, at most; 0: the model's context", least=0
+    )
+    tree_tokens: int = flag(
+        4096, "tokens of a prompt and its tree; a search that has used them ends", least=1
+    )
+    search_rows: int = flag(64, "questions searched at once, as far as the cache goes", least=1)
     cache_tokens: int = flag(
-        32768, "tokens that the cache holds, over all questions searched at once", least=1
+        0, "tokens that the cache holds, at most; 0: as the memory that is free allows", least=0
     )
 
 
@@ -185,6 +192,9 @@ def search_trees(
     return (to_tree(question, root, *result) for question, root, result in ends)
 
 
+MEMORY_ONLY = ("search_rows", "cache_tokens")  # fields that change memory and speed alone
+
+
 @dataclass(frozen=True)
 class TreesConfig:
     """Where the trees go."""
@@ -199,20 +209,23 @@ class TreesConfig:
 def main():
     kinds = (SourceConfig, TreesConfig, SearchConfig)
     required = ("model", "data", "out")
-    source, target, search = parse_args(__doc__, kinds, sys.argv[1:], required, BUILT_IN)
+    source, target, search = parse_args(__doc__, kinds, sys.argv[1:], required, RECIPES)
     out = Path(target.out)
     file = out
     if world_size() > 1:
         file = out.with_name(f"{out.stem}-{rank()}{out.suffix}")
-    model, tokenizer, questions = load_source(source, source.seed)
+    model, tokenizer, questions = load_source(source, source.seed, "train")
     hold(out.with_name(out.name + ".lock"))
     done = {tree.id for tree in resume_trees(out, rank(), world_size())}
     mine = questions[rank() :: world_size()]
     left = [question for question in mine if question.id not in done]
+    left = fitting(left, tokenizer, context_of(model.config, search) - search.max_step_tokens)
     begin = time.perf_counter()
     trees = search_trees(model, tokenizer, left, search, source.seed)
     config_file = out.with_name(out.name + ".config")
-    keep_config(config_file, (source, search), free=("limit", "device"), write=rank() == 0)
+    keep_config(
+        config_file, (source, search), free=("limit", "device", *MEMORY_ONLY), write=rank() == 0
+    )
     write_trees(file, trees)
     seconds = time.perf_counter() - begin
     print(f"{file}: {len(left)} trees in {seconds:.1f} s, {len(mine) - len(left)} were there")

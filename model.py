@@ -11,7 +11,7 @@ only `Attention` sees the rows of the cache. Skip `cache` at a first reading.
 Dimension key: B rows (of a pack, or of a cache; 1 for a flat line), T tokens, N columns of a
 cache's row, S tokens that may be seen (cached and new), M tokens to score, D width, V vocabulary,
 H query heads, G key/value heads, Q queries of the heads that share a key, K head width, J pairs of
-its dimensions (K / 2).
+its dimensions (K / 2), R blocks of queries, C blocks of keys, X tokens of a block.
 """
 
 import functools
@@ -25,15 +25,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from support.config_json import FAMILIES, REQUIRED, parse_config
 from support.files import publish, write_json
 from support.flags import InputError
-from support.hugging_face import check_tensors, find_folder, read_tensors
+from support.hugging_face import (
+    HEAD,
+    INDEX,
+    WEIGHTS,
+    check_tensors,
+    find_folder,
+    match_names,
+    read_tensors,
+)
 
 LOGITS = 2**24  # logits computed at once while training: 64 MB in float32
+TILE = 128  # tokens of a block of flex_attention
 
 
 @dataclass
@@ -54,6 +63,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     model_type: str = "llama"  # qwen2: q, k and v have biases; qwen3: q and k are normalised
     rope_scaling: dict | None = None  # LLaMA 3.1's
 
@@ -79,8 +89,15 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 @functools.cache
 def flex():
-    """flex_attention, compiled where there is a kernel for it."""
-    return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
+    """flex_attention, compiled where there is a kernel for it.
+
+    One kernel serves all lengths. Past the limit of kernels, `fullgraph` makes it an error to fall
+    back to the code without a kernel, which holds all scores at once.
+    """
+    if not torch.cuda.is_available():
+        return flex_attention
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 class Attention(nn.Module):
@@ -319,13 +336,31 @@ def tree_mask(subtree_end_BT: Tensor) -> Tensor:
 
 
 def block_mask(subtree_end_BT: Tensor) -> BlockMask:
-    """The same as a block mask of flex_attention, whose kernel skips the blocks nobody sees."""
+    """The same as a block mask of flex_attention, whose kernel skips the blocks nobody sees.
+
+    All of a block of queries see all of an earlier block of keys if each of the keys' subtrees ends
+    behind the queries. None see any if each ends before them.
+    """
     rows, length = subtree_end_BT.shape
+    blocks = math.ceil(length / TILE)
+    # padding ends before every query: a block with padding is never seen as a whole
+    padded_BT = F.pad(subtree_end_BT, (0, blocks * TILE - length))
+    first_end_B1C, last_end_B1C = padded_BT.view(rows, 1, blocks, TILE).aminmax(dim=-1)
+    key_C = torch.arange(blocks, device=subtree_end_BT.device) * TILE  # first of each block
+    query_R1 = key_C[:, None]
+    whole_BRC = (key_C < query_R1) & (first_end_B1C >= query_R1 + TILE)
+    some_BRC = (key_C <= query_R1) & (last_end_B1C > query_R1) & ~whole_BRC
+
+    def listed(chosen_BRC):  # for each block of queries, how many blocks of keys; these first
+        order_BRC = chosen_BRC.int().argsort(dim=-1, descending=True, stable=True)
+        return chosen_BRC.sum(-1, dtype=torch.int32)[:, None], order_BRC.int()[:, None]
 
     def sees(row, head, query, key):
         return (key <= query) & (query < subtree_end_BT[row, key])
 
-    return create_block_mask(sees, rows, None, length, length, device=subtree_end_BT.device)
+    return BlockMask.from_kv_blocks(
+        *listed(some_BRC), *listed(whole_BRC), TILE, sees, seq_lengths=(length, length)
+    )
 
 
 def token_logp(hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor) -> Tensor:
@@ -395,14 +430,7 @@ def load_model(
     config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config)
-    found = read_tensors(folder)
-    tensors = {key: found[key] for key in found if not key.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
-            raise InputError(
-                f"{folder}: config.json ties the embeddings, but lm_head.weight differs from them"
-            )
+    tensors = match_names(folder, read_tensors(folder), model)
     if not any(key.startswith("value_head.") for key in tensors):
         tensors |= fresh_value_head(model, seed)
     check_tensors(folder, tensors, model)
@@ -412,29 +440,49 @@ def load_model(
     return model.requires_grad_(True).eval()
 
 
-def save_model(model: Llama, folder: str | Path, state: dict[str, Tensor] | None = None):
-    """Write config.json, model.safetensors and value_head.safetensors.
+def save_model(
+    model: Llama,
+    folder: str | Path,
+    state: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+):
+    """Write config.json, model.safetensors with its index, and value_head.safetensors.
 
-    The folder opens in transformers. `state` replaces the model's own tensors where those are
-    shards. Each file appears whole or not at all, config.json last: a folder that holds config.json
-    is complete.
+    The folder opens in transformers and vLLM: the index keeps the value head from readers that take
+    every file. `state` replaces the model's own tensors where those are shards. Weights are written
+    in `dtype`, or as they are, the value head in float32. Each file appears whole or not at all,
+    config.json last: a folder that holds config.json is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = state or model.state_dict()
-    state = {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
+    state = dict(state or model.state_dict())
     head = {key: state.pop(key) for key in list(state) if key.startswith("value_head.")}
-    save_tensors(folder / "value_head.safetensors", head)
-    save_tensors(folder / "model.safetensors", state)
-    dtype = next(iter(state.values())).dtype
+    state = {key: written(key, tensor, dtype or tensor.dtype) for key, tensor in state.items()}
+    head = {key: written(key, tensor, torch.float32) for key, tensor in head.items()}
+    (folder / "config.json").unlink(missing_ok=True)
+    save_tensors(folder / HEAD, head)
+    save_tensors(folder / WEIGHTS, state)
+    size = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(sorted(state), WEIGHTS)}
+    write_json(folder / INDEX, index)
+    for shard in folder.glob("model-*-of-*.safetensors"):  # of what was here before
+        shard.unlink()
     config = {
         "architectures": [FAMILIES[model.config.model_type]],
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         "sliding_window": None,
         **{key: REQUIRED[key] for key in ("hidden_act", "attention_bias", "mlp_bias")},
         **asdict(model.config),
     }
     write_json(folder / "config.json", config)
+
+
+def written(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is written: in `dtype`, whose range it must not leave."""
+    copy = tensor.detach().to(dtype).contiguous().cpu()
+    if tensor.dtype != dtype and not copy.isfinite().all():
+        raise InputError(f"{key} holds numbers that {dtype} cannot hold")
+    return copy
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]):

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Tree, TreeNode
-from model import Llama, block_mask, token_logp, tree_mask
+from model import TILE, Llama, block_mask, token_logp, tree_mask
 from support.files import publish
 from support.flags import InputError, flag
 from support.ranks import gather, on_rank_0, rank_share
@@ -425,7 +425,7 @@ def pack(trees: list[Tree], row_tokens: int = 0, device="cpu") -> Pack:
     places = first_fit(sizes, max([row_tokens, *sizes]))
     rows = 1 + max(row for row, _ in places)
     longest = max(column + size for (_, column), size in zip(places, sizes))
-    block = 128 if "cuda" in str(device) else 1
+    block = TILE if "cuda" in str(device) else 1
     *first_node, count = [0, *itertools.accumulate(len(tree.nodes) for tree in trees)]
     layout = Layout(rows, math.ceil(longest / block) * block, count)
     for piece, (row, column) in zip(pieces, places):

@@ -21,7 +21,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,14 +34,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data import (
-    BUILT_IN,
+    RECIPES,
     Question,
     SourceConfig,
     StepTokenizer,
     Tree,
     TreeNode,
+    check_solutions,
     check_token_ids,
     find_source,
+    fitting,
     load_splits,
     outcome_of,
     read_template,
@@ -50,9 +52,9 @@ from data import (
     solution_tree,
     write_trees,
 )
-from engine import Demand, Engine, Node
-from eval import AnswerConfig, answer_questions, grow_judged, sibling_accuracy
-from mcts import SearchConfig, backup, search_trees, to_tree
+from engine import Demand, Engine, Node, context_of, reserve
+from eval import AnswerConfig, answer_questions, grow_judged, parse_strategy, sibling_accuracy
+from mcts import MEMORY_ONLY, SearchConfig, backup, search_trees, to_tree
 from model import (
     LOGITS,
     Llama,
@@ -63,12 +65,22 @@ from model import (
     save_model,
 )
 from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
-from support.files import head_commit, hold, keep_config, publish, read_json, sync, write_json
-from support.flags import InputError, flag, parse_args, run_command, visible
-from support.hugging_face import PRESETS, find_folder
-from support.plan import WIDTH, Sizes, print_plan
+from support.files import head_commit, hold, keep_config, read_json, sync, write_json
+from support.flags import InputError, Recipe, flag, parse_args, run_command, visible
+from support.hugging_face import PRESETS, copy_files, find_folder, stored_dtype
+from support.memory import free_memory
+from support.plan import WIDTH, Searching, Sizes, pack_room, print_plan
 from support.progress import log_step, open_board, progress
-from support.ranks import barrier, gather, join_ranks, on_rank_0, rank, rank_share, world_size
+from support.ranks import (
+    barrier,
+    gather,
+    join_ranks,
+    leave_ranks,
+    on_rank_0,
+    rank,
+    rank_share,
+    world_size,
+)
 from support.tables import print_stages
 from svpo import (
     COUNTS,
@@ -100,14 +112,20 @@ TINY = {  # the model that is trained from scratch
     "tie_word_embeddings": True,
     "initializer_range": 0.05,
 }
-DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
-COPIED = (  # files of the model's folder that go into each stage's
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
+FREE = (  # fields that may change on an existing run: they change memory, speed or names alone
+    "out",
+    "device",
+    "plan",
+    "keep",
+    "tensorboard",
+    "save_every",
+    "recompute",
+    "row_tokens",
+    "pack_tokens",
+    "answer_lanes",
 )
+PLANNED_PROMPT = 512  # tokens: the longest prompt that a plan counts with
+DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,11 @@ class RunConfig(SourceConfig):
         300, "built-in task: questions searched only to measure sibling accuracy", least=1
     )
     rounds: int = flag(1, "rounds of search and training; AlphaMath: 3", least=0)
+    save_dtype: str = flag(
+        "",
+        "type of the weights that each stage writes and the next one reads; empty: that of --model",
+        choices=("", "float32", "bfloat16", "float16"),
+    )
     out: str = flag("", "run folder; empty: runs/DATA-seedN")
     plan: bool = flag(
         False, "print what each phase takes on 1 to 64 GPUs, from the model's shape alone, and end"
@@ -159,6 +182,9 @@ class TrainConfig:
     sft_steps: int = flag(
         0, "optimizer steps on worked solutions; 0: start from the model as it is", least=0
     )
+    sft_epochs: int = flag(
+        0, "passes over the worked solutions, where --sft-steps does not say how long", least=0
+    )
     sft_batch: int = flag(16, "solutions per step", least=1)
     sft_lr: float = flag(2e-5, "peak learning rate of SFT", least=0)
     tune_epochs: int = flag(2, "passes over a round's trees", least=1)
@@ -170,7 +196,7 @@ class TrainConfig:
     )
     pack_tokens: int = flag(
         0,
-        "tokens of one forward and backward pass, whole trees; 0: a rank's share of the step",
+        "tokens of one forward and backward pass, whole trees; 0: as the free memory allows",
         least=0,
     )
     recompute: bool = flag(
@@ -188,27 +214,46 @@ class TrainConfig:
     clip: float = flag(1.0, "largest gradient norm; 0: any", least=0)
 
 
+BENCHMARKS = Recipe(  # what a real model is trained on unless --data says something else
+    "real model",
+    {"data": "gsm8k math", "test_data": "gsm8k:test math:test"},
+    lambda flags: flags["model"] != "tiny" and flags["data"] == "arithmetic",
+)
+
+
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    planned = {"--plan", "--model"} <= set(argv) and "--data" not in argv
-    real = ["--data", "gsm8k"] if planned else []  # a plan for a real model needs no data
     kinds = (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig)
-    configs = parse_args(__doc__, kinds, [*argv, *real], recipe=BUILT_IN)
+    configs = parse_args(__doc__, kinds, argv, recipes=(BENCHMARKS, *RECIPES))
     run, train, search, losses, answering = configs
     check_flags(run, train, losses)
     if run.plan:
         shape = shape_of(run)
-        sizes = Sizes(shape, *count_parameters(shape), WIDTH[run.dtype], LOGITS)
-        return print_plan(sizes, *configs)
+        return print_plan(
+            sizes_of(shape, run), searches_of(shape, [PLANNED_PROMPT], search, answering), *configs
+        )
     device = join_ranks(run)
+    if run.model != "tiny":
+        print_recipe(configs)
     splits = load_splits(run)
-    job = Job(*configs, device, *check_splits(run, train, search, splits))
+    job = make_job(configs, device, splits)
     data_name = "-".join(Path(name).stem for name in run.data.split())
     folder = Path(run.out or f"runs/{data_name}-seed{run.seed}")
     open_run(folder, configs, splits)
     run_stages(job, folder, splits)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()
+
+
+def print_recipe(configs: tuple):
+    """Print the values that the recipes set, as they are after the flags."""
+    names = {name for recipe in (BENCHMARKS, *RECIPES[1:]) for name in recipe.defaults}
+    values = [
+        f"{field.name.replace('_', '-')} {getattr(config, field.name)}"
+        for config in configs
+        for field in fields(config)
+        if field.name in names
+    ]
+    print(f"recipe: {', '.join(values)}; every one of them is a flag")
 
 
 def run_stages(job: "Job", folder: Path, splits: dict):
@@ -256,6 +301,14 @@ class Job:
         torch.cuda.empty_cache()
         kind = getattr(torch, dtype or self.run.dtype)
         return load_model(folder, self.device, kind, self.run.seed)
+
+
+def make_job(configs: tuple, device: str, splits: dict) -> Job:
+    """The job of a command's configurations; see `check_splits`."""
+    run, train, search, losses, answering = configs
+    run = replace(run, save_dtype=run.save_dtype or source_dtype(run))
+    train, *tokenizers = check_splits(run, train, search, answering, splits, device)
+    return Job(run, train, search, losses, answering, device, *tokenizers)
 
 
 def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
@@ -311,35 +364,124 @@ def shape_of(run: RunConfig) -> LlamaConfig:
     return read_config(find_folder(run.model, ("config.json",)))
 
 
-def check_splits(
-    run: RunConfig, train: TrainConfig, search: SearchConfig, splits: dict
-) -> tuple[StepTokenizer, StepTokenizer]:
-    """The two tokenizers of a Job.
+def source_dtype(run: RunConfig) -> str:
+    """The type of the weights of --model."""
+    if run.model == "tiny":
+        return "float32"
+    return str(stored_dtype(find_folder(run.model))).removeprefix("torch.")
 
-    Questions and solutions that do not fit into the model's context, SFT without solutions, and a
-    checkpoint that does not load are refused. Nothing is written yet.
+
+def sizes_of(shape: LlamaConfig, run: RunConfig) -> Sizes:
+    """The sizes of a model, for plans."""
+    return Sizes(shape, *count_parameters(shape), WIDTH[run.dtype], LOGITS)
+
+
+def check_splits(
+    run: RunConfig,
+    train: TrainConfig,
+    search: SearchConfig,
+    answering: AnswerConfig,
+    splits: dict,
+    device: str,
+) -> tuple[TrainConfig, StepTokenizer, StepTokenizer]:
+    """The optimizer's configuration with the number of SFT steps, and the two tokenizers of a Job.
+
+    Questions and solutions that do not fit into the context are left out of `splits`, and worked
+    solutions of real questions are checked (`check_solutions`). SFT without solutions, a checkpoint
+    that does not load, and searches that do not fit into memory are refused. Nothing is written
+    yet.
     """
     if run.model == "tiny":
         tokenizer = StepTokenizer(task_tokenizer(run.data), [0], read_template(run.prompt))
-        context = TINY["max_position_embeddings"]
+        shape = tiny_config(run.data)
     else:
         folder, tokenizer = find_source(run)
-        context = load_model(folder, "meta").config.max_position_embeddings
+        shape = load_model(folder, "meta").config
     trained = tokenizer.with_prompt(run.train_prompt)
+    context = context_of(shape, search)
     room = context - search.max_step_tokens
-    for question in [*splits["valid"], *splits["test"], *sum(splits["search"], [])]:
-        tokenizer.encode_prompt(question, room)
-        trained.encode_prompt(question, room)
-    if train.sft_steps and not splits["sft"]:
-        raise InputError("--sft-steps needs questions with worked solutions, and there is none")
-    for question in splits["sft"] if train.sft_steps else []:
-        length = solution_tree(question, trained).tokens()
-        if length > context:
+    if run.model != "tiny" and run.rounds:  # every round searches the same questions
+        splits["search"] = [fitting(splits["search"][0], tokenizer, room)] * run.rounds
+    for name in ("valid", "test"):
+        splits[name] = fitting(splits[name], trained, room)
+    if run.model != "tiny" and splits["sft"]:
+        check_solutions(splits["sft"], trained, search, context)
+    asked = splits["test"] + sum(splits["search"][:1], [])
+    prompts = [len(trained.encode_prompt(question)) for question in asked]
+    prompts += [len(tokenizer.encode_prompt(question)) for question in asked]
+    searches = searches_of(shape, prompts, search, answering)
+    check_memory(sizes_of(shape, run), searches, run, train, search, device)
+    return with_sft_steps(train, splits, trained, context), tokenizer, trained
+
+
+def with_sft_steps(
+    train: TrainConfig, splits: dict, tokenizer: StepTokenizer, context: int
+) -> TrainConfig:
+    """--sft-steps as given, or those of --sft-epochs; solutions over the context are left out."""
+    if not train.sft_steps and not train.sft_epochs:
+        return train
+    if not splits["sft"]:
+        if train.sft_steps:
+            raise InputError("--sft-steps needs questions with worked solutions, and there is none")
+        print("there are no worked solutions: no SFT, the search starts with the model as it is")
+        return train
+    lengths = [solution_tree(question, tokenizer).tokens() for question in splits["sft"]]
+    kept = [one for one, length in zip(splits["sft"], lengths) if length <= context]
+    if len(kept) < len(lengths):
+        print(
+            f"{len(lengths) - len(kept)} prompts with their worked solutions are longer than the "
+            f"context of {context} tokens; left out of SFT"
+        )
+    if not kept:
+        raise InputError(
+            f"question {splits['sft'][0].id}: prompt and solution have {lengths[0]} tokens, the "
+            f"context {context}"
+        )
+    splits["sft"] = kept
+    steps = max(1, train.sft_epochs * len(kept) // train.sft_batch)
+    return replace(train, sft_steps=train.sft_steps or steps)
+
+
+def check_memory(
+    sizes: Sizes, searches: list[Searching], run: RunConfig, train: TrainConfig, search, device: str
+):
+    """Refuse a run of which a later phase will not fit into the memory that is free now."""
+    free = free_memory(torch.device(device))
+    ranks = world_size()
+    state = 16 * sizes.parameters / ranks
+    for one in searches:
+        if 0 < search.cache_tokens < one.tokens:
             raise InputError(
-                f"question {question.id}: prompt and solution have {length} tokens, "
-                f"the model's context {context}"
+                f"--cache-tokens {search.cache_tokens}: {one.name} needs at least {one.tokens} for "
+                "a single question"
             )
-    return tokenizer, trained
+    needs = {one.name: sizes.weights + one.bytes(sizes) for one in searches}
+    needs["loading"] = 4 * sizes.parameters * (1 + (1 / ranks if dist.is_initialized() else 0))
+    needs["training"] = state + sizes.activations(1, train.recompute)
+    phase = max(needs, key=needs.get)
+    if needs[phase] > free:
+        raise InputError(
+            f"{run.model}: {phase} needs at least {needs[phase] / 1e9:.1f} GB on each of {ranks} "
+            f"ranks, and {free / 1e9:.1f} GB are free on {device}: use more GPUs, a smaller model, "
+            "or for a search fewer --max-step-tokens and --tree-tokens (see --plan)"
+        )
+
+
+def searches_of(
+    shape: LlamaConfig, prompts: list[int], search: SearchConfig, answering: AnswerConfig
+) -> list[Searching]:
+    """What the search and each strategy of the table need of the memory, for these prompts."""
+    context = context_of(shape, search)
+    tree = Demand(search.expand_width, search.search_temperature, search.simulations)
+    demands = [("search", tree, search.search_rows, False)]
+    for name in TABLE:
+        demand = parse_strategy(name, search, answering).demand
+        demands.append((name, demand, max(1, answering.answer_lanes // demand.lanes), True))
+    found = []
+    for name, demand, rows, fit in demands:
+        room = reserve(prompts, demand, search, context, fit)
+        found.append(Searching(name, room.slots + room.store, demand.lanes, rows))
+    return found
 
 
 def open_run(folder: Path, configs: tuple, splits: dict):
@@ -360,7 +502,7 @@ def open_run(folder: Path, configs: tuple, splits: dict):
     keep_config(
         folder / "config.json",
         configs,
-        free=("out", "device", "plan", "keep", "tensorboard"),
+        free=(*FREE, *MEMORY_ONLY),
         write=rank() == 0,
         commit=head_commit(),
         questions=zlib.crc32(text.encode()),
@@ -380,7 +522,8 @@ def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path
         tokenizer.tokenizer.save(str(start / "tokenizer.json"))
         sync(start / "tokenizer.json")
         (start / "tokenizer_config.json").write_text(
-            '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}\n'
+            '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>",\n'
+            ' "model_input_names": ["input_ids", "attention_mask"]}\n'
         )
         save_model(Llama(tiny_config(run.data)).init_weights(run.seed), start)
 
@@ -424,6 +567,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
     for block in model.model.layers:
         block.recompute = train.recompute
     shard(model, job.run.dtype)
+    train = replace(train, pack_tokens=train.pack_tokens or tokens_of_pass(job, model, lessons))
 
     def lessons_of(step: int) -> list[tuple[int, Lesson]]:
         """This rank's share of a step's lessons, with their places in the step."""
@@ -437,7 +581,23 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
 
     with Stop() as stop:  # a request to stop waits for the end of the step, or of writing the model
         optimize(model, steps, lr, lessons_of, losses, train, seed, stage, stop)
-        write_model(model, previous, stage)
+        write_model(model, previous, stage, job.run.save_dtype)
+
+
+def tokens_of_pass(job: Job, model: Llama, lessons: list[Lesson]) -> int:
+    """Tokens of one forward and backward pass for which the memory that is free suffices."""
+    sizes = sizes_of(model.config, job.run)
+    device = next(model.parameters()).device
+    free = free_memory(device)
+    longest = max((lesson.tree.tokens() for lesson in lessons), default=job.search.tree_tokens)
+    dense = 0 if device.type == "cuda" else longest  # flex_attention needs no dense mask
+    room = pack_room(sizes, world_size(), job.run, job.train, free, dense)
+    if room < 1:
+        raise InputError(
+            f"{free / 1e9:.1f} GB are free beside the weights, too few to train: use more GPUs or "
+            "a smaller model (--plan shows what each number of GPUs takes)"
+        )
+    return room
 
 
 def optimize(
@@ -624,19 +784,18 @@ def unsharded_copy(model: Llama, dtype: str) -> Llama:
     return copy
 
 
-def write_model(model: Llama, previous: Path, stage: Path):
-    """Write the trained model, whole, with the other files of the folder that it comes from."""
+def write_model(model: Llama, previous: Path, stage: Path, dtype: str):
+    """Write the trained model, whole, in `dtype` (empty: as it is).
+
+    The other files of the folder that it comes from are copied.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
 
     def save():
-        for name in COPIED:
-            source = previous / name
-            if source.exists():
-                publish(
-                    stage / name, lambda partial, source=source: shutil.copyfile(source, partial)
-                )
-        save_model(model, stage, state)  # config.json comes last: a folder that has it is complete
+        copy_files(previous, stage)
+        # config.json comes last: a folder that has it is complete
+        save_model(model, stage, state, getattr(torch, dtype) if dtype else None)
 
     on_rank_0(save)
 
@@ -674,6 +833,10 @@ def grow_trees(
     trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in asked]
     if OBJECTIVES[job.losses.objective].pairs:
         reference = stage / "reference.safetensors"
+        if job.run.dtype != "float32":
+            # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
+            del model
+            model = job.load(previous, "float32")
         add_reference(model, trees, reference, job.train.row_tokens, job.train.pack_tokens)
     return trees
 
@@ -738,9 +901,12 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer, losses: LossConfig):
     if OBJECTIVES[losses.objective].pairs:
         figures.append(f"{sum(map(len, pairs)) / count:.1f} pairs")
     effective = sum(tree.simulations for tree in trees) / count
+    endings = [node.ending for tree in trees for node in tree.nodes if node.ending]
+    cut, deep = (100 * endings.count(name) / max(1, len(endings)) for name in ("cut", "deep"))
     print(
         f"{count} trees: {solved:.1f} % with a correct solution, {', '.join(figures)} and "
-        f"{effective:.1f} effective simulations per tree"
+        f"{effective:.1f} effective simulations per tree; "
+        f"{cut:.1f} % of all ends cut, {deep:.1f} % deep"
     )
     if OBJECTIVES[losses.objective].pairs and not any(pairs):
         print(

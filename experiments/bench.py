@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from data import BUILT_IN, SourceConfig
+from data import RECIPES, SourceConfig
 from experiments.sides import SIDES, BenchConfig, read_pairs
 from mcts import SearchConfig
 from support.flags import InputError, flag_name, parse_args, run_command
@@ -138,7 +138,7 @@ def main():
     elif command not in ("search", "train"):
         raise InputError(f"bench.py {command}: there are search, train and gpu")
     configs = (SourceConfig, BenchConfig, SearchConfig)
-    configs = parse_args(__doc__, configs, words, ("model", "data"), BUILT_IN)
+    configs = parse_args(__doc__, configs, words, ("model", "data"), RECIPES)
     side = configs[1].side
     if side and side not in SIDES:
         raise InputError(f"--side {side}: there are {', '.join(SIDES)}")

@@ -27,16 +27,17 @@ sys.path.insert(0, str(HERE.parent))
 
 import model
 import train
-from data import BUILT_IN, Question, StepTokenizer, Tree, load_splits, read_trees, write_trees
+from data import RECIPES, Question, StepTokenizer, Tree, load_splits, read_trees, write_trees
 from engine import Engine
 from eval import AnswerConfig, answer_questions, grow_judged, sibling_accuracy
 from mcts import SearchConfig, search_trees
 from support.files import append, head_commit
 from support.flags import parse_args, run_command
+from support.ranks import use_device
 from svpo import LossConfig, rescore, sibling_pairs
 from tasks.built_in import task_tokenizer
 from tasks.deduction import sound
-from train import Job, RunConfig, TrainConfig, check_splits, grow_groups, train_stage
+from train import Job, RunConfig, TrainConfig, grow_groups, make_job, train_stage
 
 RESULTS = HERE / "results.jsonl"
 STRATEGIES = ("greedy", "majority:5", "beam:1,5", "beam:3,5")
@@ -157,11 +158,10 @@ def configure(seed: int, folder: Path, flags: Sequence[str]) -> tuple[Job, dict[
     rounds = [] if "--rounds" in flags else ["--rounds", "1"]
     words = ["--seed", str(seed), "--out", str(folder), *rounds, *flags]
     configs = (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig)
-    configs = parse_args("", configs, words, recipe=BUILT_IN)
+    configs = parse_args("", configs, words, recipes=RECIPES)
     run, training, search, _, _ = configs
     splits = load_splits(run)
-    tokenizers = check_splits(run, training, search, splits)
-    return Job(*configs, run.device, *tokenizers), splits
+    return make_job(configs, use_device(run), splits), splits
 
 
 @dataclass

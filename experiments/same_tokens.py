@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from data import BUILT_IN, Question, SourceConfig, StepTokenizer
+from data import RECIPES, Question, SourceConfig, StepTokenizer
 from engine import Engine, Node, load_source
 from eval import AnswerConfig, parse_strategy
 from mcts import SearchConfig
@@ -85,9 +85,9 @@ def is_right(text: str, question: Question) -> bool:
 def main():
     configs = (SourceConfig, SearchConfig, AnswerConfig)
     required = ("model", "data")
-    configs = parse_args(__doc__, configs, sys.argv[1:], required, BUILT_IN)
+    configs = parse_args(__doc__, configs, sys.argv[1:], required, RECIPES)
     source, search, answering = configs
-    model, tokenizer, questions = load_source(source)
+    model, tokenizer, questions = load_source(source, 0, "train")
     found = our_answers(model, tokenizer, questions, search, answering)
     peer = load_peer(source)
     same = 0

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import BUILT_IN, SourceConfig, read_trees
+from data import RECIPES, SourceConfig, read_trees
 from experiments.bench import flags, last_line, measure
 from experiments.sides import BenchConfig, search_ours
 from mcts import SearchConfig
@@ -122,7 +122,7 @@ def main():
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     words = sys.argv[2:] if command else ["--help"]
     configs = (SourceConfig, BenchConfig, SearchConfig)
-    configs = parse_args(__doc__, configs, words, ("model", "data"), BUILT_IN)
+    configs = parse_args(__doc__, configs, words, ("model", "data"), RECIPES)
     if command == "ranks":
         ranks(*configs)
     elif command == "growth":

@@ -76,7 +76,7 @@ def setting(
     Questions are repeated if the file has too few, and get longer texts if --prompt-tokens asks for
     them.
     """
-    model, tokenizer, found = load_source(source)
+    model, tokenizer, found = load_source(source, 0, "train")
     questions = []
     for index in range(config.questions):
         question = replace(found[index % len(found)], id=str(index))

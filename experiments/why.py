@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 import numpy as np
 
 from data import (
-    BUILT_IN,
+    RECIPES,
     Question,
     StepTokenizer,
     Tree,
@@ -45,7 +45,7 @@ from support.flags import parse_args, run_command
 from svpo import rescore
 from train import RunConfig
 
-SEARCH = parse_args("", (RunConfig, SearchConfig), [], recipe=BUILT_IN)[1]
+SEARCH = parse_args("", (RunConfig, SearchConfig), [], recipes=RECIPES)[1]
 CURVES = (  # folders of runs whose logs become curves, without the seed
     "objectives-svpo",
     "objectives-step-dpo",

@@ -1,24 +1,47 @@
-"""Prompts in the chat template of a model's folder."""
+"""Prompts in the chat template of a model's folder, rendered as transformers does."""
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from support.files import read_json
 from support.flags import InputError
+from support.tokenizer_files import class_defaults, named_tokens, read_settings
 
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+ANSWER = "svpo-answer"  # stands for an assistant's message
+Messages = list[dict[str, str]]
+
+
+def read_text(file: Path) -> str:
+    """The text of a template's file."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--chat: {file} cannot be read ({error})")
 
 
 def template_text(folder: Path, settings: dict) -> str:
-    """chat_template.jinja, or chat_template of tokenizer_config.json, which may be a list."""
-    file = folder / "chat_template.jinja"
-    template = settings.get("chat_template")
-    if file.exists():
-        template = file.read_text(encoding="utf-8")
+    """The template called "default", or the only one.
+
+    chat_template.jinja and additional_chat_templates/NAME.jinja go before chat_template of
+    tokenizer_config.json, which may be a list of named ones. chat_template.json comes last.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    extra = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files |= {file.stem: file for file in extra}
+    found = {name: read_text(file) for name, file in files.items() if file.exists()}
+    template = found or settings.get("chat_template")
+    if template is None and (folder / "chat_template.json").exists():
+        template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template}
-        template = named.get("default")
+        items = [item for item in template if isinstance(item, dict)]
+        template = {str(item.get("name")): item.get("template") for item in items}
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(sorted(template))
+            raise InputError(f"--chat: {folder} has no default chat template, only {names}")
+        template = template["default"]
     if not isinstance(template, str):
         raise InputError(
             f"--chat: {folder} has neither chat_template.jinja nor a chat_template in "
@@ -27,46 +50,56 @@ def template_text(folder: Path, settings: dict) -> str:
     return template
 
 
-def special_tokens(settings: dict) -> dict[str, str]:
-    """The texts of the special tokens in tokenizer_config.json, which may be objects."""
-    found = {name: settings[name] for name in SPECIAL if settings.get(name)}
-    return {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in found.items()
-    }
-
-
-def chat_template(folder: Path) -> Callable[[str], str]:
-    """A function that renders a user's message, up to where the assistant begins to write.
-
-    Templates run in jinja2's sandbox, as in transformers. InputError if the folder has no template
-    or the template fails.
-    """
+def make_environment():
+    """What templates may use, in jinja2's sandbox: that of transformers."""
     from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.exists() else {}
-    template = template_text(folder, settings)
-    special = special_tokens(settings)
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}, which marks what the assistant writes."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return Scope(body, lineno=line)
 
     def fail(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = fail  # no date: a prompt is the same every day
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
-    def render(text: str) -> str:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.globals["raise_exception"] = fail
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = tojson
+    return environment
+
+
+def renderer(folder: Path) -> Callable[[Messages, bool], str]:
+    """A function that renders messages, with or without where the assistant begins to write."""
+    settings = read_settings(folder)
+    template = template_text(folder, settings)
+    special = named_tokens(folder, class_defaults(settings) | settings)
+    environment = make_environment()
+
+    def render(messages: Messages, prompt: bool) -> str:
         try:
             return environment.from_string(template).render(
-                messages=[{"role": "user", "content": text}],
-                add_generation_prompt=True,
+                messages=messages,
+                add_generation_prompt=prompt,
                 tools=None,
                 documents=None,
                 **special,
@@ -76,3 +109,24 @@ def chat_template(folder: Path) -> Callable[[str], str]:
             raise InputError(f"--chat: the chat template of {folder} fails: {reason}")
 
     return render
+
+
+def chat_template(folder: Path) -> Callable[[str], str]:
+    """A function that renders a user's message, up to where the assistant begins to write.
+
+    A template that writes the date (strftime_now) writes that of the day, so its prompts differ
+    from day to day. InputError if the folder has no template or the template fails.
+    """
+    render = renderer(folder)
+    return lambda text: render([{"role": "user", "content": text}], True)
+
+
+def answer_end(folder: Path) -> str:
+    """What the chat template writes after an assistant's message; empty if it renders none."""
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = renderer(folder)(turns, False)
+    except InputError:
+        return ""
+    _, found, after = text.rpartition(ANSWER)
+    return after if found else ""

@@ -52,22 +52,24 @@ def parse_args(
     configs: tuple,
     argv: list[str],
     required: tuple = (),
-    recipe: Recipe | None = None,
+    recipes: tuple[Recipe, ...] = (),
 ) -> tuple:
     """Parse one flag for each field of each dataclass in `configs`.
 
+    The defaults of `recipes` that apply replace the fields' own, one recipe after the other.
     Returns one instance of each dataclass, in their order. Raises InputError if a flag is unknown,
     a required one is missing, or a value is not acceptable.
     """
     fields = {item.name: item for config in configs for item in dataclasses.fields(config)}
-    given = vars(make_parser(description, configs, required, recipe).parse_args(argv))
+    given = vars(make_parser(description, configs, required, recipes).parse_args(argv))
     for name, item in fields.items():
         if item.metadata["many"] and name in given:
             given[name] = " ".join(given[name])
     values = {name: item.default for name, item in fields.items()} | given
-    if recipe and recipe.applies(values):
-        known = {name: value for name, value in recipe.defaults.items() if name in fields}
-        values |= known | given
+    for recipe in recipes:
+        if recipe.applies(values):
+            known = {name: value for name, value in recipe.defaults.items() if name in fields}
+            values |= known | given
     check_values(fields, values)
     return tuple(
         config(**{item.name: values[item.name] for item in dataclasses.fields(config)})
@@ -75,7 +77,7 @@ def parse_args(
     )
 
 
-def make_parser(description: str, configs: tuple, required: tuple, recipe: Recipe | None):
+def make_parser(description: str, configs: tuple, required: tuple, recipes: tuple):
     """An argparse parser with one group of flags for each dataclass; it raises InputError."""
 
     def fail(message):
@@ -94,19 +96,22 @@ def make_parser(description: str, configs: tuple, required: tuple, recipe: Recip
         first_line = config.__doc__.partition("\n")[0]
         group = parser.add_argument_group(config.__name__, first_line)
         for item in dataclasses.fields(config):
-            text = help_text(item, item.name in required, recipe).replace("%", "%%")
+            text = help_text(item, item.name in required, recipes).replace("%", "%%")
             needed = item.name in required
             group.add_argument(flag_name(item.name), required=needed, help=text, **kind_of(item))
     return parser
 
 
-def help_text(item: dataclasses.Field, required: bool, recipe: Recipe | None) -> str:
-    """The help of a field, with its default and, where it differs, the recipe's."""
+def help_text(item: dataclasses.Field, required: bool, recipes: tuple) -> str:
+    """The help of a field, with its default and, where they differ, those of the recipes."""
     text = item.metadata["help"]
     shown = " ".join(item.default) if item.type is tuple else item.default
-    if shown != "":
-        other = recipe.defaults.get(item.name, item.default) if recipe else item.default
-        text += f" ({shown})" if other == item.default else f" ({shown}; {recipe.name}: {other})"
+    defaults = [] if shown == "" else [str(shown)]
+    for recipe in recipes:
+        other = recipe.defaults.get(item.name, item.default)
+        defaults += [f"{recipe.name}: {other}"] if other != item.default else []
+    if defaults:
+        text += f" ({'; '.join(defaults)})"
     return text + " (required)" if required else text
 
 

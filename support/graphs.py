@@ -18,31 +18,34 @@ class Graphed:
         self.state = state
         self.graphs = {}  # shapes -> (graph, inputs, output); on other devices shapes -> 0
         self.pool = None  # memory that all graphs share
+        self.stream = None  # to warm up and capture on, the same for all that share memory
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         if not tensors[0].is_cuda:
             self.graphs.setdefault(shapes, 0)
             return self.function(*tensors)
-        if shapes not in self.graphs:
-            self.graphs[shapes] = self.capture([tensor.clone() for tensor in tensors])
-        graph, inputs, output = self.graphs[shapes]
-        for own, tensor in zip(inputs, tensors):
-            own.copy_(tensor, non_blocking=True)
-        graph.replay()
+        with torch.cuda.device(tensors[0].device):
+            if shapes not in self.graphs:
+                self.graphs[shapes] = self.capture([tensor.clone() for tensor in tensors])
+            graph, inputs, output = self.graphs[shapes]
+            for own, tensor in zip(inputs, tensors):
+                own.copy_(tensor)
+            graph.replay()
         return output
 
     def capture(self, inputs: list[Tensor]):
         """The graph of one set of shapes, with its own inputs and output."""
         kept = [tensor.clone() for tensor in self.state]
-        stream = torch.cuda.Stream()
+        self.stream = stream = self.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self.function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # other threads, such as NCCL's watchdog, may query events meanwhile
+        with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             output = self.function(*inputs)
         self.pool = self.pool or graph.pool()
         for tensor, value in zip(self.state, kept):

@@ -5,23 +5,27 @@ activations, cache and optimizer state with what PyTorch stores.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from support.memory import KEPT_FREE, cached_token, search_bytes
 from support.ranks import rank
 
 GPUS = (1, 2, 4, 8, 64)
-SPARE = 0.06  # of a GPU's memory: the CUDA context and what the allocator cannot use
 BANDWIDTH = 3.35e12  # of an H100, in bytes a second
 RATE = {"bfloat16": 989e12, "float32": 67e12}  # of an H100, in FLOPs a second
 REACHED = 0.5  # the part of both that a program reaches
+MASK_BYTES = 10  # of a dense mask for a pair of tokens: it is made from booleans
+LIVE = 0.5  # of the lanes of a search, measured: the others wait for the longest step
+QUESTIONS = 15000  # GSM8K and MATH
+TREE_BYTES = 17  # of the host's memory for a token of a tree: two list entries, and its node
+JSON_BYTES = 14  # of a token on the disk
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 HEADER = (
-    f"{'':>5} {'loading':>8} | {'search, GB a GPU':<51} | training, GB a GPU\n"
-    f"{'GPUs':>5} {'GB':>8} | {'weights':>7} {'cache':>6} {'other':>6} {'all':>6} "
-    f"{'cache tokens at most':>22} | {'state':>6} {'gathered':>9} {'activations':>12} {'all':>6}"
+    f"{'':>5} {'loading':>8} | training, GB a GPU\n"
+    f"{'GPUs':>5} {'GB':>8} | {'state':>6} {'gathered':>9} {'activations':>12} {'all':>6}"
 )
 
 
@@ -42,8 +46,7 @@ class Sizes:
 
     def cached_token(self) -> int:
         """Bytes of the keys and values of a token."""
-        c = self.config
-        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.width
+        return cached_token(self.config, self.width)
 
     def layer_activations(self) -> int:
         """Bytes that a block keeps of a token for its backward pass.
@@ -81,21 +84,31 @@ class Lengths:
 
 
 def assumed_lengths(run, search) -> Lengths:
-    """Questions of 256 tokens, prompts of three bytes a token, steps of half the longest length."""
+    """Questions of 256 tokens, prompts of three bytes a token, trees as large as they may be."""
     prompt = 256 + (Path(run.prompt).stat().st_size // 3 if run.prompt else 0)
     plain = 256 + Path(run.train_prompt).stat().st_size // 3 if run.train_prompt else prompt
-    sampled = search.simulations * search.expand_width * search.max_step_tokens // 2
-    return Lengths(prompt, plain, sampled)
+    whole = search.simulations * search.expand_width * search.max_step_tokens
+    return Lengths(prompt, plain, min(whole, search.tree_tokens - prompt))
 
 
-def search_memory(sizes: Sizes, lengths: Lengths, search, answering) -> tuple[int, int, int]:
-    """Bytes of weights, of the cache, and of logits and activations while a model searches."""
-    c = sizes.config
-    lanes = max(search.search_rows * search.expand_width, answering.answer_lanes)
-    logits = lanes * c.vocab_size * (sizes.width + 16)
-    hidden = (2 * c.intermediate_size + 4 * c.hidden_size) * sizes.width
-    working = logits + search.search_rows * lengths.search_prompt * hidden
-    return sizes.weights, search.cache_tokens * sizes.cached_token(), working
+@dataclass(frozen=True)
+class Searching:
+    """A search or a strategy: what one question takes, and how many are wanted at once."""
+
+    name: str
+    tokens: int  # of the cache
+    lanes: int
+    most: int  # questions at once
+
+    def rows(self, sizes: "Sizes", free: float, cache_tokens: int) -> int:
+        """How many questions fit at once into `free` bytes; as engine.rows_of."""
+        if cache_tokens:
+            return min(self.most, cache_tokens // self.tokens)
+        return min(self.most, int(max(0, free) // self.bytes(sizes)))
+
+    def bytes(self, sizes: "Sizes") -> int:
+        """Bytes of one question."""
+        return search_bytes(sizes.config, sizes.width, self.tokens, self.lanes)
 
 
 def training_memory(sizes: Sizes, lengths: Lengths, gpus: int, run, train) -> dict[str, float]:
@@ -104,8 +117,8 @@ def training_memory(sizes: Sizes, lengths: Lengths, gpus: int, run, train) -> di
     block = sizes.block_parameters
     root = sizes.parameters - block * sizes.config.num_hidden_layers
     gathered = (2 * root + 3 * block) * sizes.width + 4 * max(root, block)
-    tokens = train.pack_tokens or math.ceil(train.tune_batch / gpus) * lengths.training_tree
-    tokens = max(tokens, lengths.training_tree)
+    share = math.ceil(train.tune_batch / gpus) * lengths.training_tree
+    tokens = max(min(train.pack_tokens or share, share), lengths.training_tree)
     shards = 0 if unsharded else 1 / gpus  # made while the whole model is in memory in float32
     return {
         "loading": 4 * sizes.parameters * (1 + shards),
@@ -115,39 +128,67 @@ def training_memory(sizes: Sizes, lengths: Lengths, gpus: int, run, train) -> di
     }
 
 
-def print_plan(sizes: Sizes, run, train, search, losses, answering):
+def pack_room(sizes: Sizes, gpus: int, run, train, free: float, row_tokens: int = 0) -> int:
+    """Tokens of a forward and backward pass for which `free` bytes suffice; under 1: none.
+
+    Gradients and AdamW's moments of the weights that are there already are still to come. Where
+    attention takes a dense mask, `row_tokens` is the length of its rows.
+    """
+    parts = training_memory(sizes, Lengths(0, 0, 1), gpus, run, replace(train, pack_tokens=1))
+    fixed = 0.75 * parts["state"] + parts["gathered"] + sizes.activations(0, train.recompute)
+    each = sizes.activations(1, train.recompute) - sizes.activations(0, train.recompute)
+    return int((free - fixed) // (each + MASK_BYTES * row_tokens))
+
+
+def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, losses, answering):
     """Print the plan of a run, given the dataclasses of train.py's flags; only rank 0 does."""
     if rank():
         return
     capacity = 80e9
     if torch.cuda.is_available():
         capacity = torch.cuda.get_device_properties(0).total_memory
-    usable = capacity * (1 - SPARE)
+    usable = capacity * (1 - KEPT_FREE)
     lengths = assumed_lengths(run, search)
-    print_assumptions(sizes, lengths, capacity, run, search)
-    weights, cache, working = search_memory(sizes, lengths, search, answering)
-    searching = weights + cache + working
-    room = int(max(0, usable - weights - working) // sizes.cached_token())
+    print_assumptions(sizes, lengths, capacity, run)
+    searching = print_searches(sizes, searches, usable, search)
     print(HEADER)
     problems = {}
     for gpus in GPUS:
         parts = training_memory(sizes, lengths, gpus, run, train)
+        if not train.pack_tokens:  # as much as fits, one tree at least
+            room = max(1, pack_room(sizes, gpus, run, train, usable - parts["state"] / 4))
+            parts = training_memory(sizes, lengths, gpus, run, replace(train, pack_tokens=room))
         if losses.objective == "grpo":  # an unsharded copy samples between the steps
-            parts["activations"] += searching
+            parts["activations"] += sizes.weights
         training = parts["state"] + parts["gathered"] + parts["activations"]
         phases = {"loading": parts["loading"], "search": searching, "training": training}
-        loading, *search_cells = gigabytes(parts["loading"], weights, cache, working, searching)
-        print(
-            f"{gpus:>5} {loading:>8} | {columns(search_cells, (7, 6, 6, 6))} {room:>22,} | "
-            + columns(gigabytes(*list(parts.values())[1:], training), (6, 9, 12, 6))
-        )
+        loading = gigabytes(parts["loading"])[0]
+        cells = gigabytes(*list(parts.values())[1:], training)
+        print(f"{gpus:>5} {loading:>8} | {columns(cells, (6, 9, 12, 6))}")
         over = [f"{n} ({size / 1e9:.1f} GB)" for n, size in phases.items() if size > usable]
         if over:
             problems[gpus] = f"{gpus} GPU{'s' * (gpus > 1)}: {' and '.join(over)} will not fit"
             if parts["activations"] > capacity / 4:
                 problems[gpus] += "; activations are large: --recompute, or fewer --pack-tokens"
-    print_verdict(sizes, problems)
-    print_floor(sizes, lengths, weights, run, train, search)
+    print_verdict(sizes, lengths, problems, run, train)
+    print_floor(sizes, lengths, searches[0], usable, run, train, search)
+
+
+def print_searches(sizes: Sizes, searches: list[Searching], usable: float, search) -> float:
+    """Print what each kind of search takes of a GPU, with a whole copy of the weights.
+
+    Returns the most that one of them takes.
+    """
+    print(f"{'':12} {'questions':>10} {'lanes':>6} {'GB each':>8} {'GB in all':>10}  (a GPU)")
+    most = 0
+    for one in searches:
+        rows = one.rows(sizes, usable - sizes.weights, search.cache_tokens)
+        size = sizes.weights + max(1, rows) * one.bytes(sizes)
+        each, whole = gigabytes(one.bytes(sizes), size)
+        print(f"{one.name:12} {rows:>10} {rows * one.lanes:>6} {each:>8} {whole:>10}")
+        most = max(most, size)
+    print()
+    return most
 
 
 def gigabytes(*sizes: float) -> list[str]:
@@ -158,46 +199,45 @@ def columns(cells: list[str], widths: tuple) -> str:
     return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
 
 
-def print_assumptions(sizes: Sizes, lengths: Lengths, capacity: float, run, search):
-    """What is planned for, and whether a tree fits in its share of the cache."""
-    row = search.cache_tokens // search.search_rows
-    beside = (search.max_depth + search.expand_width) * search.max_step_tokens
-    tree = row - lengths.search_prompt - beside
-    early = " and may end early" if tree < lengths.sampled else ""
+def print_assumptions(sizes: Sizes, lengths: Lengths, capacity: float, run):
+    """What is planned for."""
     print(
         f"{run.model}: {sizes.parameters / 1e9:.2f} B parameters, computing in {run.dtype}; "
-        f"{capacity / 1e9:.0f} GB a GPU, {100 * SPARE:.0f} % of it kept free\n"
+        f"{capacity / 1e9:.0f} GB a GPU, {100 * KEPT_FREE:.0f} % of it kept free\n"
         f"Assumed: prompts of {lengths.search_prompt} tokens in search and "
-        f"{lengths.training_prompt} in training; trees of {lengths.sampled} sampled tokens (steps "
-        "half as long as --max-step-tokens), packed without padding\n"
-        f"--cache-tokens {search.cache_tokens} of {sizes.cached_token() / 1e6:.3f} MB each: with "
-        f"--search-rows {search.search_rows} a question's tree has room for {tree}{early}\n"
+        f"{lengths.training_prompt} in training; trees of {lengths.sampled} sampled tokens, packed "
+        f"without padding; {sizes.cached_token() / 1e6:.3f} MB for each cached token\n"
     )
 
 
-def print_verdict(sizes: Sizes, problems: dict[int, str]):
-    """On which numbers of GPUs the run fits, and what does not fit on the others."""
+def print_verdict(sizes: Sizes, lengths: Lengths, problems: dict[int, str], run, train):
+    """On which numbers of GPUs the run fits, what does not fit on the others; host and disk."""
     print("\n" + ("\n".join(problems.values()) or "All phases fit on every number of GPUs above."))
     fitting = ", ".join(str(gpus) for gpus in GPUS if gpus not in problems) or "none"
+    trees = QUESTIONS * lengths.training_tree
+    model = 4 * sizes.parameters
+    disk = (run.rounds + 1) * model + (train.keep + 1) * 3 * model + run.rounds * trees * JSON_BYTES
     print(
-        f"It fits on {fitting} of these. Host memory: each rank reads the whole file, "
-        f"{4 * sizes.parameters / 1e9:.0f} GB in float32; rank 0 gathers as much to save"
+        f"It fits on {fitting} of these. Host memory of each rank: {model / 1e9:.0f} GB while the "
+        f"weights are read and when rank 0 saves, and {trees * TREE_BYTES / 1e9:.0f} GB for the "
+        f"trees of {QUESTIONS:,} questions. Disk: {disk / 1e9:.0f} GB for {run.rounds + 1} models, "
+        f"{train.keep + 1} checkpoints and the trees"
     )
 
 
-def print_floor(sizes: Sizes, lengths: Lengths, weights: int, run, train, search):
+def print_floor(sizes: Sizes, lengths: Lengths, one: Searching, usable, run, train, search):
     """The least time of search, a tick of which reads weights and cache, and of training."""
-    beside = (search.max_depth + search.expand_width) * search.max_step_tokens
-    slots = search.search_rows * (lengths.search_prompt + beside)  # that a tick reads at most
-    tick = (weights + slots * sizes.cached_token()) / (BANDWIDTH * REACHED)
-    lanes = search.search_rows * search.expand_width
-    searching = 1000 * lengths.sampled / (lanes / tick)
+    rows = max(1, one.rows(sizes, usable - sizes.weights, search.cache_tokens))
+    slots = rows * (lengths.search_prompt + lengths.sampled // 8)  # that a tick reads
+    tick = (sizes.weights + slots * sizes.cached_token()) / (BANDWIDTH * REACHED)
+    live = LIVE * rows * one.lanes
+    searching = 1000 * lengths.sampled / (live / tick)
     each = (8 if train.recompute else 6) * sizes.parameters
     flops = each * lengths.training_tree * train.tune_epochs * 1000
     training = flops / (RATE[run.dtype] * REACHED)
     print(
         f"\nFloor of the time at {100 * REACHED:.0f} % of an H100's bandwidth and matrix rate, for "
         f"1,000 questions on one GPU (divide by their number): search {searching / 3600:.1f} h "
-        f"({1000 * tick:.0f} ms a tick of {lanes} tokens), {train.tune_epochs} passes over their "
-        f"trees {training / 3600:.1f} h"
+        f"({1000 * tick:.0f} ms a tick of {live:.0f} live lanes), {train.tune_epochs} passes over "
+        f"their trees {training / 3600:.1f} h"
     )

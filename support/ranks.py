@@ -32,11 +32,17 @@ def on_rank_0(action: Callable[[], object]):
     barrier()
 
 
-def device_of(source) -> str:
-    """The device of this rank; `source` has the field `device` of a command line."""
-    if source.device == "cuda":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return source.device
+def use_device(source) -> str:
+    """Choose this rank's device, of which `source` has the field `device` of a command line.
+
+    A CUDA device becomes the current one: streams and graphs are made on that.
+    """
+    device = source.device
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return device
 
 
 def join_ranks(source) -> str:
@@ -44,9 +50,7 @@ def join_ranks(source) -> str:
 
     `source` has the fields `device` and `dtype` of a command line. Returns this rank's device.
     """
-    device = device_of(source)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+    device = use_device(source)
     alone = "WORLD_SIZE" not in os.environ
     if not alone or source.dtype != "float32":
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
@@ -56,6 +60,12 @@ def join_ranks(source) -> str:
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
+
+
+def leave_ranks():
+    """End what `join_ranks` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_share(items: Iterable) -> list:

@@ -9,7 +9,7 @@ from test_mcts import QUESTIONS
 from test_svpo import searched
 from test_train import command
 
-from data import BUILT_IN, SourceConfig, write_trees
+from data import RECIPES, SourceConfig, write_trees
 from experiments.bench import flags
 from experiments.sides import BenchConfig
 from mcts import SearchConfig
@@ -23,11 +23,11 @@ def test_a_measurement_gets_the_flags_of_its_command(data):
     """Catches a process of its own that refuses what it is started with, or measures with other
     flags: empty ones, switches that are off, several files, and defaults of the built-in task."""
     words = "--model m --prompt few.txt --no-leaf-value --live 3 --dtype bfloat16 --data".split()
-    stages = parse_args("", CONFIGS, [*words, *data.split()], recipe=BUILT_IN)
+    stages = parse_args("", CONFIGS, [*words, *data.split()], recipes=RECIPES)
     source, config, search = stages
-    assert parse_args("", CONFIGS, flags(*stages), recipe=BUILT_IN) == stages
+    assert parse_args("", CONFIGS, flags(*stages), recipes=RECIPES) == stages
     changed = flags(*stages, prompt="", live=5, simulations=99)
-    assert parse_args("", CONFIGS, changed, recipe=BUILT_IN) == (
+    assert parse_args("", CONFIGS, changed, recipes=RECIPES) == (
         replace(source, prompt=""),
         replace(config, live=5),
         replace(search, simulations=99),

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT
 from safetensors import safe_open
-from test_steps import characters_tokenizer
 
 from data import StepTokenizer, load_questions, read_trees
-from model import Llama, load_model, save_model
+from model import load_model
 from svpo import rescore
 
 QUESTIONS = 300
@@ -42,7 +40,7 @@ def work(tmp_path, model_folder):
 
 
 def write_rows(file: Path, rows: list[dict]):
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -144,7 +142,8 @@ def test_tree_files_of_other_searches_are_left_alone(work):
 def test_benchmark_in_tiny_mode(work):
     """Catches a benchmark whose two sides do not do the same work."""
     folder, words = work
-    words += "--simulations 4 --questions 3 --live 2 --alternations 1 --sample-tokens 4".split()
+    words += "--simulations 4 --expand-width 4 --questions 3 --live 2".split()
+    words += "--alternations 1 --sample-tokens 4".split()
     bench = [ROOT / "experiments" / "bench.py", "search", *words]
     for side in ("ours", "peer", "sample-ours", "sample-peer"):
         printed = finish(start(*bench, "--side", side, cwd=folder))
@@ -156,70 +155,6 @@ def test_benchmark_in_tiny_mode(work):
     speed = ROOT / "experiments" / "search_speed.py"
     assert "matrix products" in finish(start(speed, "profile", *words, cwd=folder))
     assert "two ranks" in finish(start(speed, "ranks", *words, cwd=folder))
-
-
-LLAMA = {  # config.json of the first LLaMA, made small
-    "architectures": ["LLaMAForCausalLM"],
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "initializer_range": 0.02,
-    "max_sequence_length": 2048,
-    "model_type": "llama",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "pad_token_id": 0,
-    "rms_norm_eps": 1e-06,
-    "torch_dtype": "float16",
-    "transformers_version": "4.27.0",
-    "use_cache": True,
-    "vocab_size": 97,
-}
-
-
-def guide_command() -> list[str]:
-    """The words of the guide's 7B command after --model llama-7b."""
-    pattern = r"    torchrun --nproc-per-node 8 train.py --model llama-7b (.*(?:\n        .*)*)"
-    command = re.search(pattern, (ROOT / "docs" / "guide.md").read_text())[1]
-    words = command.replace("\\\n", " ").split()
-    return [str(ROOT / word) if word.startswith("prompts/") else word for word in words]
-
-
-def test_the_7b_command_on_a_tiny_model(tmp_path):
-    """Catches flags of the guide's 7B command that do not go together, and datasets that it names
-    and that are not read from --data-dir: its words, on LLaMA's own configuration made small, two
-    ranks."""
-    folder = tmp_path / "llama"
-    folder.mkdir()
-    characters_tokenizer().save(str(folder / "tokenizer.json"))
-    save_model(Llama(tiny_config(vocab_size=97, num_key_value_heads=4)).init_weights(0), folder)
-    (folder / "value_head.safetensors").unlink()
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    chain = "{0}+1=<<{0}+1={1}>>{1}\n#### {1}"
-    train = [{"question": f"{a}+1?", "answer": chain.format(a, a + 1)} for a in range(8)]
-    test = [{"question": f"{a}+2?", "answer": f"{a}+2={a + 2}\n#### {a + 2}"} for a in range(3)]
-    problems = []
-    for a in range(4):
-        solution = f"It is $\\boxed{{{a + 3}}}$."
-        problems.append({"problem": f"{a}+3?", "solution": solution, "answer": f"{a + 3}"})
-    write_rows(tmp_path / "gsm8k" / "train.jsonl", train)
-    write_rows(tmp_path / "gsm8k" / "test.jsonl", test)
-    write_rows(tmp_path / "math" / "train.jsonl", problems)
-    words = guide_command()
-    smaller = """
-        --sft-steps 2 --sft-batch 4 --simulations 2 --max-step-tokens 12 --max-depth 2
-        --tune-batch 8 --rounds 1 --search-rows 4 --cache-tokens 8000 --answer-lanes 16
-        --device cpu --data-dir . --out run
-    """.split()
-    run = [*TORCHRUN, ROOT / "train.py", "--model", folder, *words, *smaller]
-    printed = finish(start(*run, cwd=tmp_path))
-    assert "12 trees" in printed and "3 unseen questions" in printed
-    assert load_model(tmp_path / "run" / "round1").config.rms_norm_eps == 1e-6
-    plan = finish(start(ROOT / "train.py", "--model", "llama-7b", *words, "--plan", cwd=tmp_path))
-    if "80 GB" in plan:
-        assert "fits on 2, 4, 8, 64" in plan and "may end early" not in plan
 
 
 def test_trees_of_a_few_shot_prompt_are_trained_under_another(work):

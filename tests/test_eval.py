@@ -197,7 +197,7 @@ def test_a_strategy_of_your_own(monkeypatch):
 
 
 def test_sibling_accuracy_counts_trees():
-    """Catches a mean over pairs, ties that count as right, and NaN where there is nothing to
+    """Catches a mean over pairs, ties that do not count half, and NaN where there is nothing to
     measure."""
 
     def tree(*values):  # one winner, then losers
@@ -209,6 +209,6 @@ def test_sibling_accuracy_counts_trees():
         return Tree("t", "?", "1", nodes)
 
     figures = sibling_accuracy([tree(0.5, 0.0, 0.1, 0.5), tree(0.0, 0.2), tree(0.3)])
-    assert figures["trees"] == 2 and figures["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
-    assert figures["standard_error"] == pytest.approx(math.sqrt(2 * (1 / 3) ** 2 / 2))
+    assert figures["trees"] == 2 and figures["accuracy"] == pytest.approx((2.5 / 3 + 0) / 2)
+    assert figures["standard_error"] == pytest.approx(math.sqrt(2 * (2.5 / 6) ** 2 / 2))
     assert sibling_accuracy([tree(0.3)]) == {"trees": 0, "accuracy": None, "standard_error": None}

@@ -288,14 +288,14 @@ def test_a_full_row_ends_its_search_alone(model, tokenizer):
         max_depth=20,
         max_step_tokens=6,
         search_rows=2,
-        cache_tokens=330,
+        tree_tokens=45,
     )
-    trees = list(search_trees(model, tokenizer, QUESTIONS, small))
+    trees = list(search_trees(model, tokenizer, QUESTIONS, small, 1))
     assert len(trees) == len(QUESTIONS) and any(tree.stopped == "room" for tree in trees)
     assert all(tree.simulations > 0 for tree in trees)
     alone = {}
     for question in QUESTIONS:
-        (alone[question.id],) = search_trees(model, tokenizer, [question], small)
+        (alone[question.id],) = search_trees(model, tokenizer, [question], small, 1)
     for tree in trees:
         wanted = alone[tree.id]
         assert (tree.simulations, tree.stopped) == (wanted.simulations, wanted.stopped)

@@ -92,9 +92,13 @@ def edit_config(folder, **changes):
         ({"model_type": "gemma"}, "gemma"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "llama3"),
-        ({"sliding_window": 8}, "sliding_window"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 1,
+            },
             "sliding_window",
         ),
         (
@@ -148,7 +152,6 @@ def test_tree_mask_by_hand():
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
         ({"model_type": "gpt2"}, "model_type"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"logit_softcap": 30}, "logit_softcap"),
         ({"num_key_value_heads": 3}, "4 query heads"),
         ({"hidden_size": -4}, "positive"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),

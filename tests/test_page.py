@@ -122,6 +122,7 @@ def test_the_command(tmp_path, model_folder, model, tokenizer):
         assert done.returncode == status and message in printed, printed
         assert "Traceback" not in printed
     # as in a run folder
-    shutil.copyfile(model_folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copyfile(model_folder / name, tmp_path / name)
     assert subprocess.run([*words, "trees.jsonl"], cwd=tmp_path).returncode == 0
     assert len(read_trees(tmp_path / "trees.jsonl")) == len(QUESTIONS)

@@ -175,11 +175,11 @@ def test_real_questions_through_a_checkpoint(tmp_path, model_folder):
     (tmp_path / "prompt.txt").write_text("1+1\n1+1=2 #### 2\n{question}\n")
     words = """
         --data sums.jsonl --prompt prompt.txt --limit 10 --simulations 3 --max-step-tokens 8
-        --max-depth 3 --cache-tokens 8000 --out out
+        --max-depth 3 --cache-tokens 8000 --rounds 1 --out out
     """.split()
     done = command(ROOT / "train.py", "--model", model_folder, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "the last 2 questions of sums.jsonl are the test questions" in done.stdout
+    assert "the last fifth of each file of sums.jsonl, 2 questions" in done.stdout
     trees = read_trees(tmp_path / "out" / "round1" / "trees-0.jsonl")
     assert len(trees) == 8 and trees[0].nodes[0].tokens[:3] == [9, 2, 9]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "round1")
@@ -201,15 +201,18 @@ def bad_inputs(folder: Path, model: Path):
     yield ["--model", "absent", *data], "absent"
     yield ["--model", model, "--data", "torn.jsonl"], "torn.jsonl, line 2"
     yield ["--model", model, "--data", "absent.jsonl"], "absent.jsonl"
-    yield ["--model", model, "--data", "long.jsonl"], "long-2"
+    short = ["--max-step-tokens", "8"]
+    yield ["--model", model, "--data", "long.jsonl", *short], "long-2"
+    yield ["--model", model, *data], "--max-step-tokens"
     yield ["--model", model, "--data", "problems.jsonl"], "problems.jsonl, line 1: needs a non-"
     yield ["--model", model, "--data", "gsm8k:problems.jsonl"], "read as a row of gsm8k"
     yield ["--model", model, "--data", "math:absent.jsonl"], "there is no file 'absent.jsonl'"
     yield ["--model", model, "--data", "math", "--data-dir", "."], "math/train.jsonl does not exist"
     yield ["--model", model, *data, "--prompt", "no_slot.txt"], "{question}"
     yield ["--model", model, *data, "--prompt", "absent.txt"], "absent.txt"
-    yield ["--model", model], "--model tiny"
-    yield ["--model", model, *data, "--sft-steps", "5"], "worked solutions"
+    yield ["--model", model, "--data-dir", "."], "gsm8k/train.jsonl does not exist"
+    yield ["--model", model, "--data", "deduction"], "--model tiny"
+    yield ["--model", model, *data, *short, "--sft-steps", "5"], "worked solutions"
     yield ["--model", model, *data, "--test-data", "absent.jsonl"], "absent.jsonl"
     yield ["--sft-questions", "99999"], "13189"
     yield ["--expand-width", "0"], "--expand-width"
@@ -252,7 +255,7 @@ def test_bad_input_to_search_and_answering(tmp_path, model_folder, capsys, monke
     (tmp_path / "long.jsonl").write_text(json.dumps({"question": TOO_LONG, "answer": "2"}) + "\n")
     (tmp_path / "bad_trees.jsonl").write_text('{"id": 1}\n')
     common = ["--model", model_folder, "--data", "good.jsonl", "--max-step-tokens", "8"]
-    long = ["--model", model_folder, "--data", "long.jsonl"]
+    long = ["--model", model_folder, "--data", "long.jsonl", "--max-step-tokens", "8"]
     for main, words, name in (
         (mcts.main, common, "--out"),
         (mcts.main, [*common, "--out", "no/trees.jsonl"], "no/trees.jsonl"),

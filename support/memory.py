@@ -1,0 +1,49 @@
+"""How much memory there is, and how much of it a search takes."""
+
+import os
+from pathlib import Path
+
+import torch
+
+KEPT_FREE = 0.1  # of the memory of a GPU that is free: fragments, and what kernels work with
+HOST_SHARE = 0.5  # of the memory of the host that is free, over all ranks of the host
+
+
+def cached_token(config, width: int) -> int:
+    """Bytes of the keys and values of a token; `width` is the bytes of a number."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
+
+
+def search_bytes(config, width: int, tokens: int, lanes: int) -> int:
+    """Bytes that one search takes: `tokens` of the cache, and sampling in `lanes` lanes.
+
+    Sampling holds logits in the model's type, and four vectors as long in float32. `config` is a
+    model.LlamaConfig.
+    """
+    hidden = (2 * config.intermediate_size + 4 * config.hidden_size) * width
+    lane = config.vocab_size * (width + 16) + hidden
+    return tokens * cached_token(config, width) + lanes * lane
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a rank may use on a device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + held) * (1 - KEPT_FREE)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return host_memory() * HOST_SHARE / ranks
+
+
+def host_memory() -> int:
+    """Bytes of the host's memory that are free; its size where Linux does not say."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
