@@ -379,10 +379,10 @@ def check_ids(questions: list[Question], spec: str):
 def comparable(text: str) -> str:
     """A question's text without what does not tell two questions apart.
 
-    That is case, spaces (LaTeX's, too), dollar signs and punctuation between words.
+    That is case, spaces (LaTeX's, too), dollar signs, braces and punctuation between words.
     """
     text = re.sub(r"\\[,;:! ]", "", text.lower())
-    return re.sub(r"[\s$.,;:!?'\"`\u2018\u2019\u201c\u201d]", "", text)
+    return re.sub(r"[\s${}.,;:!?'\"`\u2018\u2019\u201c\u201d]", "", text)
 
 
 def outcome_of(question: Question) -> Callable[[object], float]:

@@ -126,7 +126,7 @@ def move_rope(raw: dict):
     complete = kind == "llama3" and has_values(rope, WHOLE) and valid
     if not complete or not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
         raise InputError(
-            f"rope_scaling of rope_type {kind!r} with {rope} is not supported, "
+            f"rope_scaling or rope_parameters of rope_type {kind!r} with {rope} is not supported, "
             f"only 'llama3' with {sorted(LLAMA3_ROPE)}"
         )
     raw["rope_scaling"] = {"rope_type": "llama3", **numbers}

@@ -1,5 +1,6 @@
 """Questions, splits, answers, what ends a step, tokens and tree files."""
 
+import dataclasses
 import json
 import random
 import re
@@ -18,21 +19,25 @@ from data import (
     Question,
     SourceConfig,
     StepTokenizer,
+    check_solutions,
     load_questions,
+    load_splits,
     plain,
     read_trees,
     resume_trees,
+    solution_fate,
     solution_tree,
     step_format,
 )
 from mcts import SearchConfig, search_trees
 from model import Llama
-from support.flags import InputError
+from support.flags import InputError, parse_args
 from svpo import rescore
 from tasks.arithmetic import MODULUS
 from tasks.built_in import SPLITS, generate, split_of, task_tokenizer
 from tasks.deduction import sound
 from tasks.grading import extract_answer, is_correct
+from train import RunConfig
 
 SHARED = ROOT.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the files of ../shared/data")
@@ -523,3 +528,64 @@ def test_a_dataset_says_how_its_steps_end(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="end steps differently; choose --steps"):
         step_format(SourceConfig(data=both, data_dir=folder))
     assert step_format(SourceConfig(data=both, data_dir=folder, steps="lines")) is LINES
+
+
+def test_test_questions_are_kept_out_of_training(tmp_path, capsys):
+    """Catches test questions that stay in training because of a space or a dollar sign, or because
+    --test-limit did not draw them, a limit that counts for each file, and a draw that takes the
+    first file alone."""
+    train = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    write_rows(tmp_path / "train.jsonl", train + [{"question": "What is 3 - 1?", "answer": "2"}])
+    for name, first in (("one", 0), ("two", 5)):
+        rows = []
+        for n in range(first, first + 5):
+            rows.append({"question": f"what is  ${n}+1$ ?", "answer": str(n + 1)})
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    files = f"{tmp_path / 'one.jsonl'} {tmp_path / 'two.jsonl'}"
+    words = ["--model", "real", "--data", str(tmp_path / "train.jsonl"), "--test-limit", "4"]
+    run = train_config(*words, "--test-data", *files.split())
+    splits = load_splits(run)
+    assert len(splits["search"][0]) == 11 and len(splits["test"]) == 4
+    assert "10 training questions are test questions" in capsys.readouterr().out
+    seen = set()
+    for seed in range(6):
+        seen |= {one.id[:3] for one in load_splits(dataclasses.replace(run, seed=seed))["test"]}
+    assert seen == {"one", "two"}
+    # without --test-data every file gives its last fifth
+    held_out = load_splits(train_config("--model", "real", "--data", *files.split()))["test"]
+    assert [one.id for one in held_out] == ["one-5", "two-5"]
+
+
+def train_config(*words) -> RunConfig:
+    return parse_args("", (RunConfig,), list(words))[0]
+
+
+@pytest.mark.parametrize(
+    "solution, answer, fate",
+    [
+        ("1+1=2\n2+3=5 #### 5", "5", "right"),
+        ("1+1=2\n2+3=5 #### 6", "5", "wrong"),
+        ("1+1=2\n2+3=5", "5", "unparsed"),
+        ("1+1+1+1+1+1+1+1=1\n2+3=5 #### 5", "5", "cut"),
+        ("1=1\n1=1\n1=1\n1=1 #### 1", "1", "deep"),
+        ("1+1=2\n2+2=4\n2+3=5 #### 5", "5", "long"),
+    ],
+)
+def test_worked_solutions_are_judged_as_the_search_would(tokenizer, solution, answer, fate):
+    """Catches limits that cut good solutions unnoticed, and a share that counts them as right."""
+    search = SearchConfig(max_step_tokens=14, max_depth=3)
+    question = Question("q", "1+1+3", answer, solution)
+    context = 30 if fate == "long" else 100
+    assert solution_fate(question, tokenizer, search, context) == fate
+
+
+def test_the_data_check_speaks_up(tokenizer, capsys):
+    """Catches a check that goes on where most solutions would count as wrong."""
+    good = Question("a", "1+1", "2", "1+1=2 #### 2")
+    long = Question("b", "1+1", "2", "1+1+1+1+1+1+1=0\n1+1=2 #### 2")
+    search = SearchConfig(max_step_tokens=12, max_depth=3)
+    check_solutions([good] * 9 + [long], tokenizer, search, 100)
+    assert "90.0 % of 10" in (printed := capsys.readouterr().out)
+    assert "raise --max-step-tokens 12" in printed
+    with pytest.raises(InputError, match=r"25.0 % of 4.*3 cut.*raise --max-step-tokens"):
+        check_solutions([good] + [long] * 3, tokenizer, search, 100)
