@@ -4,14 +4,15 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import redraw, tiny_config
 from tokenizers import Tokenizer, decoders, models
 
 from data import Question, StepTokenizer, Tree, outcome_of, read_trees, write_trees
-from engine import Demand, Engine, Node
-from eval import AnswerConfig, parse_strategy
+from engine import Demand, Engine, Lane, Node
+from eval import AnswerConfig, answer_questions, parse_strategy
 from mcts import SearchConfig, backup, expand, mcts, puct, search_trees, select, to_tree
 from model import Llama
 from svpo import pack, score, step_logp
@@ -386,6 +387,7 @@ def engines(monkeypatch) -> list[Engine]:
             made.append(self)
 
     monkeypatch.setattr("mcts.Engine", Kept)
+    monkeypatch.setattr("eval.Engine", Kept)
     return made
 
 
@@ -499,3 +501,28 @@ def test_a_search_that_breaks_its_demand_is_stopped(model, tokenizer, asked):
     engine = Engine(model, tokenizer, QUESTIONS[:2], Demand(2, 1.0, expansions=4), config, rows=2)
     with pytest.raises(ValueError, match="its Demand allows 2 lanes, 1 paths"):
         list(engine.run(search, "broken"))
+
+
+def test_random_numbers_stay_below_one():
+    """Catches a float64 just below 1 that becomes 1 in float32, which draws the last id."""
+    lane = Lane(0, 0, 0)
+    lane.start(Node(path_tokens=3), np.array([0.25, np.nextafter(1.0, 0.0)]))
+    assert lane.uniform[0] == 0.25 and 0.999 < lane.uniform[1] < 1
+
+
+@pytest.mark.parametrize("strategy", [None, "majority:3", "beam:2,3", "mcts:4"])
+def test_the_cache_holds_no_more_than_is_allowed(model, tokenizer, strategy, engines):
+    """Catches a cache of more than --cache-tokens where prompts differ in length."""
+    questions = [Question(str(n), "+".join("1" * n), "1") for n in (1, 12)] * 4
+    questions = [replace(one, id=str(place)) for place, one in enumerate(questions)]
+    config = replace(CONFIG, cache_tokens=2500, tree_tokens=300)
+    if strategy:
+        answer_questions(model, tokenizer, questions, strategy, config, AnswerConfig())
+    else:
+        list(search_trees(model, tokenizer, questions, config))
+    room = engines[0].room
+    cache = engines[0].cache
+    assert room.rows * (room.slots + room.store) <= 2500 and room.rows > 1
+    parts = (cache.slots_L2BSGK, cache.store_L2BSGK)
+    stored = sum(part[0, 0, :, :, 0, 0].numel() for part in parts)
+    assert stored == room.rows * (room.slots + room.store)
