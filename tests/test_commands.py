@@ -124,6 +124,19 @@ def test_every_strategy_answers(work):
     assert (folder / "curve.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
+def test_ranks_share_the_questions_to_answer(work):
+    """Catches ranks that each answer all questions, and a file that is written by several."""
+    folder, words = work
+    command = [*TORCHRUN, ROOT / "eval.py", *words, "--limit", "6", "--strategy", "greedy"]
+    printed = finish(start(*command, "--json", "out.json", cwd=folder))
+    alone = [ROOT / "eval.py", *command[len(TORCHRUN) + 1 :], "--json", "alone.json"]
+    finish(start(*alone, cwd=folder))
+    found, wanted = (json.loads((folder / f"{name}.json").read_text()) for name in ("out", "alone"))
+    assert printed.count("on 6 questions") == 1
+    for name in ("questions", "accuracy", "steps", "sampled_tokens", "answers"):
+        assert found["answers"][0][name] == wanted["answers"][0][name], name
+
+
 def test_tree_files_of_other_searches_are_left_alone(work):
     """Catches a file that only looks like another rank's, names with signs of a pattern, and trees
     of another tokenizer."""
