@@ -8,11 +8,16 @@ import pytest
 import torch
 from conftest import ROOT, redraw, tiny_config
 
-from engine import TreeCache
+from data import RECIPES
+from engine import TreeCache, context_of
+from eval import AnswerConfig
+from mcts import SearchConfig
 from model import LOGITS, Llama, LlamaConfig, count_parameters, save_model
+from support.flags import parse_args
 from support.hugging_face import PRESETS
+from support.memory import KEPT_FREE
 from support.plan import Sizes
-from train import RunConfig, shape_of
+from train import BENCHMARKS, RunConfig, TrainConfig, searches_of, shape_of
 
 MEASURE = """
 import json
@@ -155,3 +160,22 @@ def test_the_plan_is_printed_without_weights(tmp_path):
     assert "80 GB" not in out or "1 GPU: training" in out and "fits on 2, 4, 8, 64" in out
     assert "All phases fit" in plan()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_searches_of_the_7b_recipe_fit_into_80_gb():
+    """Catches a search or a strategy of the table whose weights and cache, as tensors on the meta
+    device, are more than an 80 GB GPU has, and rows that the plan does not count."""
+    words = ["--model", "llama-7b", "--plan"]
+    kinds = (RunConfig, TrainConfig, SearchConfig, AnswerConfig)
+    run, _, search, answering = parse_args("", kinds, words, recipes=(BENCHMARKS, *RECIPES))
+    shape = shape_of(run)
+    sizes = sizes_of(shape, 2)
+    free = 80e9 * (1 - KEPT_FREE) - sizes.weights
+    context = context_of(shape, search)
+    assert run.dtype == "bfloat16" and context == 2048
+    for one in searches_of(shape, [512], search, answering):
+        rows = one.rows(sizes, free, 0)
+        cache = TreeCache(shape, rows, one.tokens, 0, "meta", torch.bfloat16)
+        live = sizes.weights + cache.slots_L2BSGK.nbytes
+        live += rows * one.lanes * shape.vocab_size * (2 + 16)  # logits, and what sampling holds
+        assert 1 <= rows and live < 75e9, one.name
