@@ -187,8 +187,8 @@ def locate(spec: str, data_dir: str, split: str = "") -> tuple[str, Path]:
     """The dataset and the file that a word of --data names.
 
     NAME or NAME:SPLIT is a file of that dataset, NAME:FILE reads a file as that dataset's. Without
-    SPLIT it is `split` if there is such a one, else the first. Any other word is a file: of the
-    dataset that its folder is named after (math/train.jsonl), else of `plain`.
+    SPLIT it is `split` where the dataset has that one, else its first. Any other word is a file:
+    of the dataset that its folder is named after (math/train.jsonl), else of `plain`.
     """
     name, _, rest = spec.partition(":")
     if name not in DATASETS:
@@ -348,7 +348,7 @@ def load_splits(run) -> dict[str, list]:
             f"no --test-data: the last fifth of each file of {run.data}, {len(test)} questions, is "
             "held out for testing"
         )
-    check_ids(questions, run.data)
+    check_question_ids(questions, run.data)
     tested = {comparable(question.text) for question in test}
     kept = [question for question in questions if comparable(question.text) not in tested]
     if len(kept) < len(questions):
@@ -367,7 +367,7 @@ def split_words(spec: str) -> list[str]:
     return [spec] if Path(spec).exists() else spec.split()
 
 
-def check_ids(questions: list[Question], spec: str):
+def check_question_ids(questions: list[Question], spec: str):
     """Refuse ids that occur twice."""
     ids = set()
     for question in questions:

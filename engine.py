@@ -33,7 +33,7 @@ from data import Question, SourceConfig, StepTokenizer, find_source, load_questi
 from model import Llama, LlamaConfig, load_model
 from support.flags import InputError
 from support.graphs import Graphed
-from support.memory import free_memory, search_bytes
+from support.memory import free_memory, rows_that_fit, search_bytes
 from support.progress import progress
 from support.ranks import use_device
 from tasks.built_in import is_built_in
@@ -198,24 +198,22 @@ def rows_of(room: Room, demand: Demand, most: int, model: Llama, cache_tokens: i
     there is no room for a single search.
     """
     each = room.slots + room.store
-    if cache_tokens:
-        rows = min(most, cache_tokens // each)
-        if rows < 1:
-            raise InputError(
-                f"--cache-tokens {cache_tokens}: searching a question needs at least {each}; with "
-                "fewer --max-step-tokens or --tree-tokens it needs less"
-            )
-        return rows
     weight = model.output_weight()
-    free = free_memory(weight.device)
-    one = search_bytes(model.config, weight.element_size(), each, demand.lanes)
-    if free < one:
+    free = 0.0 if cache_tokens else free_memory(weight.device)
+    size = search_bytes(model.config, weight.element_size(), each, demand.lanes)
+    rows = rows_that_fit(most, each, size, free, cache_tokens)
+    if rows:
+        return rows
+    if cache_tokens:
         raise InputError(
-            f"{weight.device}: {free / 1e9:.1f} GB are free, and searching a question needs "
-            f"{one / 1e9:.1f} GB; with fewer --max-step-tokens, --max-tokens or --tree-tokens it "
-            "needs less"
+            f"--cache-tokens {cache_tokens}: searching a question needs at least {each}; with "
+            "fewer --max-step-tokens or --tree-tokens it needs less"
         )
-    return min(most, int(free // one))
+    raise InputError(
+        f"{weight.device}: {free / 1e9:.1f} GB are free, and searching a question needs "
+        f"{size / 1e9:.1f} GB; with fewer --max-step-tokens, --max-tokens or --tree-tokens it "
+        "needs less"
+    )
 
 
 class TreeCache:

@@ -400,15 +400,18 @@ def check_splits(
     trained = tokenizer.with_prompt(run.train_prompt)
     context = context_of(shape, search)
     room = context - search.max_step_tokens
-    if run.model != "tiny" and run.rounds:  # every round searches the same questions
-        splits["search"] = [fitting(splits["search"][0], tokenizer, room)] * run.rounds
+    tokenizers = [tokenizer] if trained is tokenizer else [tokenizer, trained]
+    for one in tokenizers:  # a search may run under both prompts
+        if run.model == "tiny":
+            splits["search"] = [fitting(part, one, room) for part in splits["search"]]
+        elif run.rounds:  # every round searches the same questions
+            splits["search"] = [fitting(splits["search"][0], one, room)] * run.rounds
     for name in ("valid", "test"):
         splits[name] = fitting(splits[name], trained, room)
     if run.model != "tiny" and splits["sft"]:
         check_solutions(splits["sft"], trained, search, context)
     asked = splits["test"] + sum(splits["search"][:1], [])
-    prompts = [len(trained.encode_prompt(question)) for question in asked]
-    prompts += [len(tokenizer.encode_prompt(question)) for question in asked]
+    prompts = [len(one.encode_prompt(question)) for one in tokenizers for question in asked]
     searches = searches_of(shape, prompts, search, answering)
     check_memory(sizes_of(shape, run), searches, run, train, search, device)
     return with_sft_steps(train, splits, trained, context), tokenizer, trained

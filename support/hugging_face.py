@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support import config_json
 from support.files import publish, read_json
 from support.flags import InputError
 
@@ -53,16 +54,7 @@ WRAPPERS = {  # part of a tensor's name -> what puts it there
 
 # ------------------------------------------------------------------------------------------ presets
 
-LLAMA = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 2048,
-}
+LLAMA = {**config_json.LLAMA, "num_key_value_heads": 32, "head_dim": 128}
 LLAMA_3 = {
     **LLAMA,
     "vocab_size": 128256,

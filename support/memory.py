@@ -25,6 +25,15 @@ def search_bytes(config, width: int, tokens: int, lanes: int) -> int:
     return tokens * cached_token(config, width) + lanes * lane
 
 
+def rows_that_fit(most: int, tokens: int, size: int, free: float, cache_tokens: int) -> int:
+    """How many searches fit at once, at most `most`.
+
+    Each takes `tokens` of the cache, which holds `cache_tokens`, or, if these are 0, `size` of the
+    `free` bytes.
+    """
+    return min(most, cache_tokens // tokens if cache_tokens else int(max(0, free) // size))
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that a rank may use on a device now."""
     if device.type == "cuda":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from support.memory import KEPT_FREE, cached_token, search_bytes
+from support.memory import KEPT_FREE, cached_token, rows_that_fit, search_bytes
 from support.ranks import rank
 
 GPUS = (1, 2, 4, 8, 64)
@@ -101,10 +101,8 @@ class Searching:
     most: int  # questions at once
 
     def rows(self, sizes: "Sizes", free: float, cache_tokens: int) -> int:
-        """How many questions fit at once into `free` bytes; as engine.rows_of."""
-        if cache_tokens:
-            return min(self.most, cache_tokens // self.tokens)
-        return min(self.most, int(max(0, free) // self.bytes(sizes)))
+        """How many questions fit at once into `free` bytes, or into --cache-tokens."""
+        return rows_that_fit(self.most, self.tokens, self.bytes(sizes), free, cache_tokens)
 
     def bytes(self, sizes: "Sizes") -> int:
         """Bytes of one question."""

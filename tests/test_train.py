@@ -16,13 +16,14 @@ from test_mcts import CONFIG, QUESTIONS
 import eval
 import mcts
 import train
-from data import load_questions, read_trees
-from mcts import search_trees
+from data import RECIPES, load_questions, load_splits, read_trees
+from eval import AnswerConfig
+from mcts import SearchConfig, search_trees
 from model import load_model
-from support.flags import run_command
-from svpo import rescore
+from support.flags import parse_args, run_command
+from svpo import LossConfig, rescore
 from tasks.built_in import split_of
-from train import order, schedule
+from train import RunConfig, TrainConfig, make_job, order, schedule
 
 SMALL = """
     --sft-questions 200 --search-questions 12 --valid-questions 6 --test-limit 10 --rounds 2
@@ -183,6 +184,24 @@ def test_real_questions_through_a_checkpoint(tmp_path, model_folder):
     trees = read_trees(tmp_path / "out" / "round1" / "trees-0.jsonl")
     assert len(trees) == 8 and trees[0].nodes[0].tokens[:3] == [9, 2, 9]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "round1")
+
+
+def test_questions_must_fit_under_both_prompts(tmp_path, model_folder, capsys):
+    """Catches a question that fits under --prompt alone, so that the search of the trained model
+    ends hours later."""
+    rows = [{"question": text, "answer": "2"} for text in ("1+1", "1+" * 60 + "1")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1+2", "answer": "3"}))
+    (tmp_path / "long.txt").write_text("1+" * 70 + "{question}\n")
+    words = ["--model", str(model_folder), "--data", str(tmp_path / "train.jsonl")]
+    words += ["--test-data", str(tmp_path / "test.jsonl"), "--max-step-tokens", "8"]
+    kinds = (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig)
+    for more, left in (([], 2), (["--train-prompt", str(tmp_path / "long.txt")], 1)):
+        configs = parse_args("", kinds, [*words, *more, "--device", "cpu"], recipes=RECIPES)
+        splits = load_splits(configs[0])
+        make_job(configs, "cpu", splits)
+        assert [len(part) for part in splits["search"]] == [left] * 3
+    assert "1 questions have prompts of more than 248 tokens" in capsys.readouterr().out
 
 
 TOO_LONG = "1+" * 400 + "1"  # a question that no context has room for
