@@ -61,11 +61,15 @@ class Sizes:
         return (6 * c.hidden_size + 3 * heads + 2 * groups + 4 * c.intermediate_size) * self.width
 
     def activations(self, tokens: int, recompute: bool) -> int:
-        """Bytes kept for the backward pass of `tokens` tokens, with the logits of a chunk."""
+        """Bytes kept for the backward pass of `tokens` tokens, with the logits of a chunk.
+
+        Behind the blocks stand the hidden states that both heads read, and their gradient.
+        """
         layers = self.config.num_hidden_layers
-        kept = layers * self.layer_activations()
+        hidden = self.config.hidden_size * self.width
+        kept = 2 * hidden + layers * self.layer_activations()
         if recompute:
-            kept = layers * self.config.hidden_size * self.width + self.layer_activations()
+            kept = (layers + 2) * hidden + self.layer_activations()
         return tokens * kept + 3 * 4 * self.logits
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from model import LOGITS, Llama, LlamaConfig, count_parameters, save_model
 from support.flags import parse_args
 from support.hugging_face import PRESETS
 from support.memory import KEPT_FREE
-from support.plan import Sizes
+from support.plan import Sizes, assumed_lengths, training_memory
 from train import BENCHMARKS, RunConfig, TrainConfig, searches_of, shape_of
 
 MEASURE = """
@@ -58,6 +59,77 @@ for recompute in (True, False):
     open("/proc/self/clear_refs", "w").write("5")
     step(int(sys.argv[3]), recompute)
     found[str(recompute)] = memory("VmHWM") - before
+print(json.dumps(found))
+"""
+
+WALK = """
+import json
+import sys
+import weakref
+
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from model import Llama, token_logp
+
+class Memory(TorchDispatchMode):
+    live = {}
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, DTensor):
+                tensor = tensor.to_local()
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self.live:
+                    self.live[id(storage)] = weakref.ref(storage)
+                    weakref.finalize(storage, self.live.pop, id(storage), None)
+        storages = [reference() for reference in list(self.live.values())]
+        self.most = max(self.most, sum(one.nbytes() for one in storages if one is not None))
+        return result
+
+    def peak(self):
+        most, self.most = self.most, 0
+        return most
+
+torch.set_num_threads(1)
+gpus, tokens = int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+mesh = train.init_device_mesh("cpu", (gpus,))
+train.init_device_mesh = lambda *shape: mesh
+shape = train.shape_of(train.RunConfig(model="llama-7b"))
+found = {}
+with FakeTensorMode(), Memory() as memory:
+    model = Llama(shape)
+    train.shard(model, "bfloat16")
+    found["loading"] = memory.peak()
+    for block in model.model.layers:
+        block.recompute = True
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its state
+    optimizer.zero_grad()
+    token_BT = torch.zeros(1, tokens, dtype=torch.long)
+
+    def read(hidden_BTD):
+        hidden_XD = hidden_BTD[0]
+        logp_X = token_logp(hidden_XD, model.output_weight(), token_BT[0])
+        return logp_X.sum() + model.value(hidden_XD).sum()
+
+    memory.peak()
+    model(token_BT, read=read).backward()
+    optimizer.step()
+    found["training"] = memory.peak()
 print(json.dumps(found))
 """
 
@@ -162,12 +234,17 @@ def test_the_plan_is_printed_without_weights(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def recipe() -> list:
+    """The configurations of `train.py --model llama-7b` on a GPU."""
+    words = ["--model", "llama-7b", "--plan"]
+    kinds = (RunConfig, TrainConfig, SearchConfig, AnswerConfig)
+    return parse_args("", kinds, words, recipes=(BENCHMARKS, *RECIPES))
+
+
 def test_the_searches_of_the_7b_recipe_fit_into_80_gb():
     """Catches a search or a strategy of the table whose weights and cache, as tensors on the meta
     device, are more than an 80 GB GPU has, and rows that the plan does not count."""
-    words = ["--model", "llama-7b", "--plan"]
-    kinds = (RunConfig, TrainConfig, SearchConfig, AnswerConfig)
-    run, _, search, answering = parse_args("", kinds, words, recipes=(BENCHMARKS, *RECIPES))
+    run, _, search, answering = recipe()
     shape = shape_of(run)
     sizes = sizes_of(shape, 2)
     free = 80e9 * (1 - KEPT_FREE) - sizes.weights
@@ -179,3 +256,22 @@ def test_the_searches_of_the_7b_recipe_fit_into_80_gb():
         live = sizes.weights + cache.slots_L2BSGK.nbytes
         live += rows * one.lanes * shape.vocab_size * (2 + 16)  # logits, and what sampling holds
         assert 1 <= rows and live < 75e9, one.name
+
+
+def test_loading_and_training_of_the_7b_recipe_fit_into_80_gb():
+    """Catches a phase of which the tensors are more than the plan says: the 7B model is loaded,
+    sharded over eight GPUs and trained for a step, as tensors without memory."""
+    run, train, search, _ = recipe()
+    sizes = sizes_of(shape_of(run), 2)
+    lengths = assumed_lengths(run, search)
+    share = train.tune_batch // 8 * lengths.training_tree
+    planned = training_memory(sizes, lengths, 8, run, replace(train, pack_tokens=share))
+    done = subprocess.run(
+        [sys.executable, "-c", WALK, str(ROOT), "8", str(share)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    loading = planned.pop("loading")
+    training = sum(planned.values())
+    assert 0.8 < found["loading"] / loading <= 1 and loading < 75e9
+    assert 0.8 < found["training"] / training <= 1 and training < 75e9, (found, planned)
