@@ -828,7 +828,6 @@ BUILT_IN = Recipe(
         "sft_lr": 3e-3,
         "tune_batch": 8,
         "tune_lr": 5e-4,
-        "row_tokens": 256,
     },
     lambda flags: is_built_in(flags["data"]),
 )
@@ -837,6 +836,7 @@ BUILT_IN = Recipe(
 REAL = Recipe(
     "real model",
     {
+        "dtype": "auto",
         # mcts.SearchConfig: AlphaMath's search, with limits that 98 % of MATH's solutions fit in
         "simulations": 40,
         "expand_width": 5,
@@ -855,12 +855,7 @@ REAL = Recipe(
     },
     lambda flags: not is_built_in(flags["data"]),
 )
-ON_GPU = Recipe(
-    "GPU",
-    {"dtype": "bfloat16"},
-    lambda flags: REAL.applies(flags) and (flags["device"] != "cpu" or flags.get("plan", False)),
-)
-RECIPES = (BUILT_IN, REAL, ON_GPU)
+RECIPES = (BUILT_IN, REAL)
 
 
 @dataclass(frozen=True)
@@ -893,7 +888,11 @@ class SourceConfig:
         0, "seed of sampling, of a missing value head, and of the questions of mcts.py"
     )
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = flag("float32", "of weights and computing", choices=("float32", "bfloat16"))
+    dtype: str = flag(
+        "float32",
+        "of weights and computing; auto: bfloat16 where the device multiplies in it",
+        choices=("auto", "float32", "bfloat16"),
+    )
 
 
 def step_format(source: SourceConfig) -> StepFormat:

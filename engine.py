@@ -13,10 +13,11 @@ that its parent's last token left, so every token of a tree is fed exactly once.
 Dimension key: B rows (questions searched at once), N lanes of a row, its columns, W all lanes
 (lane w is column w % N of row w // N), X tokens of one flat line (those fed in a pass), R rows that
 a pass of prompts touches, T tokens of the longest prompt of a pass, S slots of a row (or places of
-its store), C tokens of a step, L layers, D width, V vocabulary, H query heads, G key/value heads,
-K head width.
+its store), C tokens of a step, P tokens of the common prefix, L layers, D width, V vocabulary,
+H query heads, G key/value heads, K head width.
 """
 
+import itertools
 import math
 import os
 import time
@@ -241,6 +242,8 @@ class TreeCache:
         self.slots_L2BSGK = torch.zeros(shape, device=device, dtype=dtype)
         shape = (layers, 2, rows, store, *head)
         self.store_L2BSGK = torch.zeros(shape, device=device, dtype=dtype)
+        # of P tokens that all rows begin with, and that are in no row
+        self.prefix_L2PGK: Tensor | None = None
 
     def at(
         self,
@@ -282,9 +285,9 @@ class TreeCache:
         q_BNHK[self.row_X, self.column_X] = q_1XHK[0]
         return q_BNHK, read_2BSGK[0], read_2BSGK[1]
 
-    def roll_up(self, out_BNHK: Tensor) -> Tensor:
-        """The flat line again (1, X, H, K)."""
-        return out_BNHK[self.row_X, self.column_X].unsqueeze(0)
+    def roll_up(self, out_BN: Tensor) -> Tensor:
+        """The flat line (1, X, ...) of what is laid out by rows (B, N, ...)."""
+        return out_BN[self.row_X, self.column_X].unsqueeze(0)
 
     def put_away(self, row: int, slot_C: Tensor, place: int):
         """Copy a step's tokens from these slots of a row to its store, from `place` on."""
@@ -430,26 +433,27 @@ class Engine:
         self.waiting = waiting[::-1]  # the next one last
         prompts = [len(prompt) for _, prompt in waiting]
         room = reserve(prompts, demand, config, self.context, fit)
+        # tokens that all prompts begin with; on a CPU they are read once for all rows
+        self.prefix = common_prefix([prompt for _, prompt in waiting])
+        self.in_no_row = len(self.prefix) if self.device.type == "cpu" else 0
         # one more slot that nobody reads, for dead lanes of static ticks
-        room = replace(room, slots=room.slots + self.static)
+        room = replace(room, slots=room.slots - self.in_no_row + self.static)
         most = max(1, min(rows, len(prompts)))
-        rows = rows_of(room, demand, most, model, config.cache_tokens)
-        self.room = room = replace(room, rows=rows)
+        most = rows_of(room, demand, most, model, config.cache_tokens)
+        self.room = room = replace(room, rows=most)
         self.cache = TreeCache(
             model.config, room.rows, room.slots, room.store, self.device, weight.dtype
         )
         self.searches: list[Search | None] = [None] * room.rows
-        numbers = range(room.rows * demand.lanes)
-        self.lanes = [Lane(number, *divmod(number, demand.lanes)) for number in numbers]
+        places = itertools.product(range(room.rows), range(demand.lanes))
+        self.lanes = [Lane(number, *place) for number, place in enumerate(places)]
         self.next_slot = [0] * room.rows  # the first free slot of each row
         # which slots each lane sees; one at least, since attention to nothing computes NaN
         self.mask_BNS = np.zeros((room.rows, demand.lanes, room.slots), dtype=bool)
         self.mask_BNS[:, :, 0] = True
         self.tick = Tick(model, tokenizer, self.cache, demand.lanes, demand.temperature)
         self.device_tick = Graphed(self.tick, self.tick.hidden_WD) if self.static else self.tick
-        self.sampled_tokens = 0
-        self.fed_tokens = 0
-        self.steps = 0
+        self.sampled_tokens = self.fed_tokens = self.steps = 0
         self.graded = 0  # questions whose trees hold outcomes
         self.solved = 0  # of these, questions with a right answer
 
@@ -490,12 +494,12 @@ class Engine:
         `start(question, root)` makes the generator of a question, and `result` is what that
         returned.
         """
-        prefix = self.feed_common_prefix()
+        self.feed_prefix()
         while self.waiting or any(self.searches):
             free = [row for row, search in enumerate(self.searches) if search is None]
             # at least an eighth of the rows at a time, because their prompts are fed together
             if self.waiting and 8 * len(free) >= len(self.searches):
-                yield from self.start_searches(free, prefix, start)
+                yield from self.start_searches(free, start)
             if any(lane.live for lane in self.lanes):
                 self.decode()
                 for row in self.finish_steps():
@@ -504,44 +508,49 @@ class Engine:
 
     # -------------------------------------------------------------------------------------- prompts
 
-    def feed_common_prefix(self) -> int:
-        """Feed the prefix common to all prompts, usually a few-shot prompt, and keep a copy of it.
+    def feed_prefix(self):
+        """Feed the prefix common to all prompts, and keep its keys and values."""
+        if not self.prefix:
+            return
+        count = len(self.prefix)
+        kind = self.cache.slots_L2BSGK
+        memory = TreeCache(self.model.config, 1, count, 0, kind.device, kind.dtype)
+        self.feed_prompts([0], [self.prefix], 0, memory)
+        self.prefix_L2SGK = memory.slots_L2BSGK[:, :, 0]
+        if self.in_no_row:
+            self.cache.prefix_L2PGK = self.prefix_L2SGK
 
-        Returns its length in tokens.
+    def feed_prompts(
+        self, rows: list[int], prompts: list[list[int]], begin: int, cache: TreeCache
+    ) -> Tensor:
+        """Feed prompts from token `begin` on; returns their last hidden states (R, D).
+
+        The tokens before are in the cache: in its prefix, or else in each row.
         """
-        prompts = sorted(prompt for _, prompt in self.waiting)
-        if len(prompts) < 2:
-            return 0
-        # what the first and the last in order share, all share
-        prefix = os.path.commonprefix([prompts[0][:-1], prompts[-1][:-1]])
-        if prefix:
-            self.feed_prompts([0], [prefix], 0)
-            self.prefix_L2SGK = self.cache.slots_L2BSGK[:, :, 0, : len(prefix)].clone()
-        return len(prefix)
-
-    def feed_prompts(self, rows: list[int], prompts: list[list[int]], begin: int) -> Tensor:
-        """Feed prompts from token `begin` on; returns their last hidden states (R, D)."""
         lengths_R = np.array([len(prompt) - begin for prompt in prompts])
         longest = int(lengths_R.max())
         token_X = self.to_device(np.concatenate([prompt[begin:] for prompt in prompts]))
         row_X = self.to_device(np.repeat(np.arange(len(rows)), lengths_R))
         column_X = self.to_device(np.concatenate([np.arange(length) for length in lengths_R]))
         position_X = column_X + begin
-        mask_TS = torch.ones(longest, begin + longest, dtype=torch.bool, device=self.device)
-        mask_R1TS = mask_TS.tril(begin).expand(len(rows), 1, -1, -1)
+        before = 0 if cache.prefix_L2PGK is not None else begin
+        mask_TS = torch.ones(longest, before + longest, dtype=torch.bool, device=self.device)
+        mask_R1TS = mask_TS.tril(before).expand(len(rows), 1, -1, -1)
         rows_R = self.to_device(np.array(rows))
-        cache = self.cache.at(row_X, column_X, position_X, longest, begin + longest, rows_R)
+        cache.at(row_X, column_X, column_X + before, longest, before + longest, rows_R)
         hidden_1XD = self.model.hidden(token_X[None], position_X[None], mask_R1TS, cache)
         self.fed_tokens += len(token_X)
         return hidden_1XD[0, self.to_device(lengths_R.cumsum() - 1)]
 
-    def start_searches(self, free: list[int], prefix: int, start):
+    def start_searches(self, free: list[int], start):
         """Feed the prompts of the next questions together, and start their searches."""
         batch = [self.waiting.pop() for _ in free[: len(self.waiting)]]
         rows = free[: len(batch)]
-        if prefix:
+        prefix = len(self.prefix)
+        if prefix and not self.in_no_row:
             self.cache.slots_L2BSGK[:, :, rows, :prefix] = self.prefix_L2SGK[:, :, None]
-        hidden_RD = self.feed_prompts(rows, [prompt for _, prompt in batch], prefix)
+        prompts = [prompt for _, prompt in batch]
+        hidden_RD = self.feed_prompts(rows, prompts, prefix, self.cache)
         value_R = self.model.value(hidden_RD).tolist()
         for index, (question, prompt) in enumerate(batch):
             root = Node(tokens=prompt, value=value_R[index], path_tokens=len(prompt))
@@ -567,6 +576,7 @@ class Engine:
                 self.check_demand(parents)
         except StopIteration as end:
             self.searches[row] = None
+            self.next_slot[row] = 0  # its slots need not be read any more
             yield search.question, search.root, end.value
             return
         self.load_paths(row, parents)
@@ -598,7 +608,7 @@ class Engine:
     def load_paths(self, row: int, parents: list[Node]):
         """Copy the paths of the nodes to extend into a row's slots, behind the prompt."""
         search = self.searches[row]
-        prompt = len(search.root.tokens)
+        prompt = self.prompt_slots(search)
         paths = [parent.path() for parent in parents]
         slots = {}  # node -> its slots; nodes that paths share are copied once
         places = []
@@ -621,9 +631,13 @@ class Engine:
         if self.demand.moves_on:
             self.forget_others(search, row, slots)
 
+    def prompt_slots(self, search: Search) -> int:
+        """How many slots of its row a search's prompt takes."""
+        return len(search.root.tokens) - self.in_no_row
+
     def forget_others(self, search: Search, row: int, slots: dict[Node, slice]):
         """Keep only the nodes whose tokens lie in these slots, at the beginning of the store."""
-        prompt = len(search.root.tokens)
+        prompt = self.prompt_slots(search)
         kept = {search.root: search.states[search.root]}
         for node, where in slots.items():
             place = where.start - prompt
@@ -806,6 +820,14 @@ class Engine:
     def to_device(self, array: np.ndarray) -> Tensor:
         """An array as a tensor on the model's device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def common_prefix(prompts: list[list[int]]) -> list[int]:
+    """What all prompts begin with, without their last tokens; nothing of a single prompt."""
+    if len(prompts) < 2:
+        return []
+    ordered = sorted(prompts)  # what the first and the last in order share, all share
+    return os.path.commonprefix([ordered[0][:-1], ordered[-1][:-1]])
 
 
 def context_of(model: LlamaConfig, search) -> int:

@@ -223,9 +223,8 @@ def main():
     begin = time.perf_counter()
     trees = search_trees(model, tokenizer, left, search, source.seed)
     config_file = out.with_name(out.name + ".config")
-    keep_config(
-        config_file, (source, search), free=("limit", "device", *MEMORY_ONLY), write=rank() == 0
-    )
+    free = ("limit", "device", "dtype", *MEMORY_ONLY)
+    keep_config(config_file, (source, search), free, write=rank() == 0)
     write_trees(file, trees)
     seconds = time.perf_counter() - begin
     print(f"{file}: {len(left)} trees in {seconds:.1f} s, {len(mine) - len(left)} were there")

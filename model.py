@@ -11,7 +11,8 @@ only `Attention` sees the rows of the cache. Skip `cache` at a first reading.
 Dimension key: B rows (of a pack, or of a cache; 1 for a flat line), T tokens, N columns of a
 cache's row, S tokens that may be seen (cached and new), M tokens to score, D width, V vocabulary,
 H query heads, G key/value heads, Q queries of the heads that share a key, K head width, J pairs of
-its dimensions (K / 2), R blocks of queries, C blocks of keys, X tokens of a block.
+its dimensions (K / 2), R blocks of queries, C blocks of keys, X tokens of a block or of a flat
+line, P tokens of a prefix, L layers.
 """
 
 import functools
@@ -19,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -43,6 +45,7 @@ from support.hugging_face import (
 
 LOGITS = 2**24  # logits computed at once while training: 64 MB in float32
 TILE = 128  # tokens of a block of flex_attention
+QUERIES = 128  # tokens of a block of a PathMask
 
 
 @dataclass
@@ -66,6 +69,13 @@ class LlamaConfig:
     pad_token_id: int | None = None
     model_type: str = "llama"  # qwen2: q, k and v have biases; qwen3: q and k are normalised
     rope_scaling: dict | None = None  # LLaMA 3.1's
+
+
+class PathMask(NamedTuple):
+    """Who sees whom in a line of tokens, by blocks of queries (see `path_mask`)."""
+
+    key_X: Tensor  # indices of the keys of each block, block after block
+    seen: list[Tensor]  # (Q, S) of each block: True where the query may look at the key
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -120,17 +130,21 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None, cache
     ) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHK = self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim))
-        k_BTGK = self.k_norm(self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim))
+        q_BTHK = self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim)
+        k_BTGK = self.k_proj(x_BTD).view(B, T, self.groups, self.head_dim)
         v_BTGK = self.v_proj(x_BTD).view(B, T, self.groups, self.head_dim)
-        q_BTHK = rotate(q_BTHK, cos, sin)
-        k_BTGK = rotate(k_BTGK, cos, sin)
-        if cache is None:
-            out_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, mask)
-        else:  # from one flat line of tokens to the cache's rows, and back
-            q_BNHK, k_BSGK, v_BSGK = cache.unroll(self.index, q_BTHK, k_BTGK, v_BTGK)
-            out_BTHK = cache.roll_up(self.attend_cached(q_BNHK, k_BSGK, v_BSGK, mask))
+        out_BTHK = self.attend_new(q_BTHK, k_BTGK, v_BTGK, cos, sin, mask, cache)
         return self.o_proj(out_BTHK.reshape(B, T, -1))
+
+    def attend_new(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, cos: Tensor, sin: Tensor, mask, cache
+    ) -> Tensor:
+        """Rotate queries and keys, and attend (B, T, H, K): among themselves, or to a cache."""
+        q_BTHK = rotate(self.q_norm(q_BTHK), cos, sin)
+        k_BTGK = rotate(self.k_norm(k_BTGK), cos, sin)
+        if cache is None:
+            return self.attend(q_BTHK, k_BTGK, v_BTGK, mask)
+        return self.attend_cached(q_BTHK, k_BTGK, v_BTGK, mask, cache)
 
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask) -> Tensor:
         """Attention of tokens among themselves (B, T, H, K); plain causal without a mask."""
@@ -138,6 +152,8 @@ class Attention(nn.Module):
         k_BGTK = k_BTGK.transpose(1, 2)
         v_BGTK = v_BTGK.transpose(1, 2)
         shared = self.heads != self.groups
+        if isinstance(mask, PathMask):
+            return attend_paths(q_BTHK, k_BTGK, v_BTGK, mask)
         if isinstance(mask, BlockMask):
             attended = flex()(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=shared)
         else:
@@ -146,18 +162,44 @@ class Attention(nn.Module):
             )
         return attended.transpose(1, 2)
 
-    def attend_cached(self, q_BNHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor) -> Tensor:
-        """Attention of new tokens to a cache (B, N, H, K).
+    def attend_cached(
+        self, q_1XHK: Tensor, k_1XGK: Tensor, v_1XGK: Tensor, mask: Tensor, cache
+    ) -> Tensor:
+        """Attention of a flat line of new tokens to the rows of a cache (1, X, H, K).
 
-        The heads that share a key stand in line as further queries of that key, so that keys are
-        read once, not once per head. `mask` (B, 1, Q, S) is laid out for that (`Llama.hidden`).
+        The prefix that all rows share, if the cache holds one, is read once for all of them. The
+        two results are weighed by their shares of the softmax's sum.
+        """
+        q_BNHK, k_BSGK, v_BSGK = cache.unroll(self.index, q_1XHK, k_1XGK, v_1XGK)
+        if cache.prefix_L2PGK is None:
+            return cache.roll_up(self.attend_keys(q_BNHK, k_BSGK, v_BSGK, mask)[0])
+        rows_BNHK, rows_BNH = self.attend_keys(q_BNHK, k_BSGK, v_BSGK, mask, logs=True)
+        k_1PGK, v_1PGK = cache.prefix_L2PGK[self.index][:, None]
+        prefix_1XHK, prefix_1XH = self.attend_keys(q_1XHK, k_1PGK, v_1PGK, None, logs=True)
+        share_1XH = torch.sigmoid(cache.roll_up(rows_BNH) - prefix_1XH).to(q_1XHK.dtype)
+        return torch.lerp(prefix_1XHK, cache.roll_up(rows_BNHK), share_1XH[..., None])
+
+    def attend_keys(
+        self, q_BNHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None, logs=False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of queries to keys of the same row (B, N, H, K).
+
+        With `logs` (on CPUs) also the logarithm of the softmax's sum (B, N, H). The heads that
+        share a key stand in line as further queries of that key, so that keys are read once, not
+        once per head. `mask` (B, 1, Q, S) is laid out for that (`Llama.hidden`).
         """
         q_BHNK = q_BNHK.transpose(1, 2)
         q_BGQK = q_BHNK.reshape(q_BHNK.shape[0], self.groups, -1, self.head_dim)
         k_BGSK = k_BSGK.transpose(1, 2)
         v_BGSK = v_BSGK.transpose(1, 2)
-        out_BGQK = F.scaled_dot_product_attention(q_BGQK, k_BGSK, v_BGSK, attn_mask=mask)
-        return out_BGQK.reshape(q_BHNK.shape).transpose(1, 2)
+        log_BNH = None
+        if logs:  # the public function keeps them to itself
+            attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out_BGQK, log_BGQ = attention(q_BGQK, k_BGSK, v_BGSK, attn_mask=mask)
+            log_BNH = log_BGQ.reshape(q_BHNK.shape[:3]).transpose(1, 2)
+        else:
+            out_BGQK = F.scaled_dot_product_attention(q_BGQK, k_BGSK, v_BGSK, attn_mask=mask)
+        return out_BGQK.reshape(q_BHNK.shape).transpose(1, 2), log_BNH
 
 
 class MLP(nn.Module):
@@ -245,12 +287,13 @@ class Llama(nn.Module):
         self,
         token_BT: Tensor,
         position_BT: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Tensor | BlockMask | PathMask | None = None,
         cache=None,
     ) -> Tensor:
         """Final hidden states (B, T, D); both heads are functions of them.
 
-        `mask` (B, 1, T, T) is True where a query may look, or a BlockMask; None is plain causal.
+        `mask` (B, 1, T, T) is True where a query may look, or a BlockMask, or for one row a
+        PathMask; None is plain causal.
         With a `cache` (engine.TreeCache) the tokens are one flat line of B = 1, and `mask`
         (B, 1, N, S) is needed.
         """
@@ -259,11 +302,14 @@ class Llama(nn.Module):
             position_BT = position_T.expand_as(token_BT)
         x_BTD = self.model.embed_tokens(token_BT)
         cos, sin = self.rotary(position_BT, x_BTD.dtype)
-        if isinstance(mask, Tensor):  # additive, converted once
-            additive = torch.zeros(mask.shape, device=mask.device, dtype=x_BTD.dtype)
-            mask = additive.masked_fill_(~mask, -math.inf)
-        if cache is not None:  # once for each query head that shares a key (attend_cached)
-            shared = self.config.num_attention_heads // self.config.num_key_value_heads
+        # queries of a key, where the heads that share it stand in line
+        shared = self.config.num_attention_heads // self.config.num_key_value_heads
+        if isinstance(mask, Tensor):
+            mask = additive(mask, x_BTD.dtype)
+        if isinstance(mask, PathMask):
+            seen = [additive(seen_QS, x_BTD.dtype).repeat(shared, 1) for seen_QS in mask.seen]
+            mask = mask._replace(seen=seen)
+        if cache is not None:
             mask = mask.repeat(1, 1, shared, 1)
         for layer in self.model.layers:
             x_BTD = layer(x_BTD, cos, sin, mask, cache)
@@ -307,7 +353,7 @@ class Llama(nn.Module):
         self,
         token_BT: Tensor,
         position_BT: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Tensor | BlockMask | PathMask | None = None,
         read: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logits_BTV, value_BT). Without position and mask it is plain causal.
@@ -361,6 +407,52 @@ def block_mask(subtree_end_BT: Tensor) -> BlockMask:
     return BlockMask.from_kv_blocks(
         *listed(some_BRC), *listed(whole_BRC), TILE, sees, seq_lengths=(length, length)
     )
+
+
+def path_mask(subtree_end_T: Tensor) -> "PathMask":
+    """The same, for a line of T tokens, as blocks of queries with the keys that some of them see.
+
+    Depth-first, the queries of a block lie close together in the tree and share most of their
+    path. A key before the block's end is seen by some of them if its subtree ends behind the
+    block's first query, and only the seen keys are computed with.
+    """
+    length = len(subtree_end_T)
+    index_T = torch.arange(length)
+    keys, seen = [], []
+    for first in range(0, length, QUERIES):
+        query_Q = index_T[first : first + QUERIES]
+        key_S = index_T[: first + QUERIES][subtree_end_T[: first + QUERIES] > first]
+        keys.append(key_S)
+        query_Q1 = query_Q[:, None]
+        seen.append((key_S <= query_Q1) & (query_Q1 < subtree_end_T[key_S]))
+    return PathMask(torch.cat(keys), seen)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to the scores: 0 where it is True, else minus infinity."""
+    return torch.zeros(mask.shape, device=mask.device, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+def attend_paths(q_1THK: Tensor, k_1TGK: Tensor, v_1TGK: Tensor, mask: PathMask) -> Tensor:
+    """Attention under a PathMask (1, T, H, K), block by block.
+
+    The heads that share a key stand in line as further queries of that key, as in
+    `Attention.attend_keys`.
+    """
+    sizes = [seen_QS.shape[1] for seen_QS in mask.seen]
+    queries = q_1THK[0].split(QUERIES)
+    keys = k_1TGK[0].index_select(0, mask.key_X).split(sizes)
+    values = v_1TGK[0].index_select(0, mask.key_X).split(sizes)
+    groups = k_1TGK.shape[2]
+    attended = []
+    for q_QHK, k_SGK, v_SGK, seen_QS in zip(queries, keys, values, mask.seen):
+        q_HQK = q_QHK.transpose(0, 1)
+        q_1GQK = q_HQK.reshape(1, groups, -1, q_HQK.shape[2])
+        k_1GSK = k_SGK.transpose(0, 1)[None]
+        v_1GSK = v_SGK.transpose(0, 1)[None]
+        out_1GQK = F.scaled_dot_product_attention(q_1GQK, k_1GSK, v_1GSK, attn_mask=seen_QS)
+        attended.append(out_1GQK.reshape(q_HQK.shape).transpose(0, 1))
+    return torch.cat(attended)[None]
 
 
 def token_logp(hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor) -> Tensor:

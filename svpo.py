@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Tree, TreeNode
-from model import TILE, Llama, block_mask, token_logp, tree_mask
+from model import TILE, Llama, block_mask, path_mask, token_logp
 from support.files import publish
 from support.flags import InputError, flag
 from support.ranks import gather, on_rank_0, rank_share
@@ -285,30 +285,17 @@ def learn(tree: Tree, config: LossConfig) -> Lesson:
 
 @dataclass
 class Pack:
-    """A forest in depth-first order, each unique token once.
+    """A forest as one flat line of tokens, each tree depth-first, each unique token once."""
 
-    Flat indices count through (B, T) row by row.
-    """
-
-    token_BT: Tensor
-    position_BT: Tensor  # depth in tokens from the tree's own first token
-    subtree_end_BT: Tensor  # where in the row the subtree of the token's node ends
-    target_M: Tensor  # flat index of every sampled token
-    predictor_M: Tensor  # flat index of the token before it on its path, which predicts it
+    token_T: Tensor
+    position_T: Tensor  # depth in tokens from the tree's own first token
+    subtree_end_T: Tensor  # where the subtree of the token's node ends
+    target_M: Tensor  # index of every sampled token
+    predictor_M: Tensor  # index of the token before it on its path, which predicts it
     node_M: Tensor  # which of the E nodes it belongs to
-    last_E: Tensor  # flat index of each node's last token, where its value is read
+    last_E: Tensor  # index of each node's last token, where its value is read
     nodes: list[TreeNode] = field(repr=False)  # all E nodes, tree by tree in their stored order
     first_node: list[int] = field(repr=False)  # of each tree, the index of its root in `nodes`
-
-
-@dataclass
-class Piece:
-    """A tree, or a part of a tree that is cut between the root's children."""
-
-    tree: int  # which tree
-    order: list[tuple[int, int]]  # depth-first: (node, position of its first token)
-    subtree: list[int]  # of each node of the tree, the tokens of its subtree in this piece
-    size: int  # tokens
 
 
 def depth_first(tree: Tree) -> tuple[list[tuple[int, int]], list[int]]:
@@ -329,122 +316,32 @@ def depth_first(tree: Tree) -> tuple[list[tuple[int, int]], list[int]]:
     return order, subtree
 
 
-def cut(tree: Tree, number: int, row_tokens: int) -> list[Piece]:
-    """The pieces of tree `number`: one, unless it is longer than a row.
-
-    It is then cut between the root's children, and each piece begins with the root's tokens. A
-    piece that is still longer lengthens the rows. Example: a root of 2 tokens with subtrees of 3,
-    4 and 2 tokens, for rows of 8, becomes pieces of 2 + 3 and 2 + 4 + 2 tokens.
-    """
-    order, subtree = depth_first(tree)
-    root = order[0]
-    prompt = len(tree.nodes[0].tokens)
-    long = 0 < row_tokens < subtree[0]
-    parts = [[root]]
-    used = prompt
-    for index, position in order[1:]:
-        full = used > prompt and used + subtree[index] > row_tokens
-        if long and tree.nodes[index].parent == 0 and full:
-            parts.append([root])
-            used = prompt
-        parts[-1].append((index, position))
-        used += len(tree.nodes[index].tokens)
-    pieces = []
-    for part in parts:
-        size = sum(len(tree.nodes[index].tokens) for index, _ in part)
-        pieces.append(Piece(number, part, [size, *subtree[1:]], size))  # the root's is the piece
-    return pieces
-
-
-def first_fit(sizes: list[int], width: int) -> list[tuple[int, int]]:
-    """(row, column) of each piece in rows of `width` tokens.
-
-    The largest piece comes first; each goes into the first row that has room for it.
-    """
-    free = []  # tokens left in each row
-    places = [None] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        row = next((row for row, left in enumerate(free) if left >= sizes[index]), len(free))
-        if row == len(free):
-            free.append(width)
-        places[index] = (row, width - free[row])
-        free[row] -= sizes[index]
-    return places
-
-
-class Layout:
-    """The lists that a pack is made of, filled piece by piece. Padding sees only itself."""
-
-    def __init__(self, rows: int, width: int, nodes: int):
-        self.width = width
-        self.token = [[0] * width for _ in range(rows)]
-        self.position = [[0] * width for _ in range(rows)]
-        self.subtree_end = [list(range(1, width + 1)) for _ in range(rows)]
-        self.target = []
-        self.predictor = []
-        self.node = []
-        self.last = [0] * nodes
-
-    def add(self, piece: Piece, tree: Tree, first_node: int, row: int, column: int):
-        """Write a piece into a row, from `column` on.
-
-        `first_node` is the index of the tree's root in the pack. Flat indices count through the
-        rows: a token's is row * width + column.
-        """
-        tails = {-1: None}  # node -> flat index of its last token
-        for index, position in piece.order:
+def pack(trees: list[Tree]) -> Pack:
+    """Lay trees out one after another (on the CPU)."""
+    nodes = [node for tree in trees for node in tree.nodes]
+    first_node = [0, *itertools.accumulate(len(tree.nodes) for tree in trees)][:-1]
+    token, position, subtree_end = [], [], []
+    target, predictor, owner = [], [], []
+    last = [0] * len(nodes)
+    for tree, first in zip(trees, first_node):
+        order, subtree = depth_first(tree)
+        for index, depth in order:
             node = tree.nodes[index]
             count = len(node.tokens)
-            step = slice(column, column + count)
-            self.token[row][step] = node.tokens
-            self.position[row][step] = range(position, position + count)
-            self.subtree_end[row][step] = [column + piece.subtree[index]] * count
-            before = tails[node.parent]
-            for offset, sampled in enumerate(node.sampled):
-                here = row * self.width + column + offset
+            begin = len(token)
+            before = last[first + node.parent] if node.parent >= 0 else None
+            for here, sampled in enumerate(node.sampled, begin):
                 if sampled and before is not None:
-                    self.target.append(here)
-                    self.predictor.append(before)
-                    self.node.append(first_node + index)
+                    target.append(here)
+                    predictor.append(before)
+                    owner.append(first + index)
                 before = here
-            tails[index] = before
-            self.last[first_node + index] = before
-            column += count
-
-
-def pack(trees: list[Tree], row_tokens: int = 0, device="cpu") -> Pack:
-    """Pack trees into rows of `row_tokens` tokens (0: the largest tree's size; see `cut`).
-
-    On CUDA, rows are whole blocks of flex_attention. Every node keeps its place in `nodes`, so
-    losses do not depend on the packing. The tensors are on the CPU; `device` chooses the width.
-    """
-    pieces = []
-    for number, tree in enumerate(trees):
-        pieces += cut(tree, number, row_tokens)
-    sizes = [piece.size for piece in pieces]
-    places = first_fit(sizes, max([row_tokens, *sizes]))
-    rows = 1 + max(row for row, _ in places)
-    longest = max(column + size for (_, column), size in zip(places, sizes))
-    block = TILE if "cuda" in str(device) else 1
-    *first_node, count = [0, *itertools.accumulate(len(tree.nodes) for tree in trees)]
-    layout = Layout(rows, math.ceil(longest / block) * block, count)
-    for piece, (row, column) in zip(pieces, places):
-        layout.add(piece, trees[piece.tree], first_node[piece.tree], row, column)
-
-    def tensor(numbers):
-        return torch.tensor(numbers, dtype=torch.long)
-
-    return Pack(
-        tensor(layout.token),
-        tensor(layout.position),
-        tensor(layout.subtree_end),
-        tensor(layout.target),
-        tensor(layout.predictor),
-        tensor(layout.node),
-        tensor(layout.last),
-        [node for tree in trees for node in tree.nodes],
-        first_node,
-    )
+            last[first + index] = before
+            token += node.tokens
+            position += range(depth, depth + count)
+            subtree_end += [begin + subtree[index]] * count
+    lists = (token, position, subtree_end, target, predictor, owner, last)
+    return Pack(*(torch.tensor(one, dtype=torch.long) for one in lists), nodes, first_node)
 
 
 def group_by_tokens(trees: list[Tree], tokens: int) -> list[list[int]]:
@@ -480,36 +377,40 @@ def score(
     """
     device = next(model.parameters()).device
     chosen = slice(None) if needed_E is None else needed_E[packed.node_M]
-    token_M = packed.token_BT.flatten()[packed.target_M][chosen].to(device)
+    token_M = packed.token_T[packed.target_M][chosen].to(device)
     predictor_M = packed.predictor_M[chosen].to(device)
     node_M = packed.node_M[chosen].to(device)
     last_E = packed.last_E.to(device)
-    subtree_end_BT = packed.subtree_end_BT.to(device)
 
-    def read(hidden_BTD):
-        hidden_XD = hidden_BTD.flatten(0, 1)
-        logp_M = token_logp(hidden_XD[predictor_M], model.output_weight(), token_M)
-        return logp_M, model.value(hidden_XD[last_E], dropout_ED)
+    def read(hidden_1TD):
+        hidden_TD = hidden_1TD[0]
+        logp_M = token_logp(hidden_TD[predictor_M], model.output_weight(), token_M)
+        return logp_M, model.value(hidden_TD[last_E], dropout_ED)
 
-    mask = block_mask(subtree_end_BT) if device.type == "cuda" else tree_mask(subtree_end_BT)
-    token_BT = packed.token_BT.to(device)
-    logp_M, value_E = model(token_BT, packed.position_BT.to(device), mask, read=read)
+    end_T = packed.subtree_end_T
+    padding = 0
+    if device.type == "cuda":  # whole blocks of flex_attention; padding sees only itself
+        padding = -len(end_T) % TILE
+        end_T = torch.cat([end_T, len(end_T) + 1 + torch.arange(padding)])
+        mask = block_mask(end_T.to(device)[None])
+    else:
+        mask = path_mask(end_T)
+    token_1T = F.pad(packed.token_T, (0, padding)).to(device)[None]
+    position_1T = F.pad(packed.position_T, (0, padding)).to(device)[None]
+    logp_M, value_E = model(token_1T, position_1T, mask, read=read)
     return logp_M, value_E, node_M
 
 
 @torch.inference_mode()
-def rescore(
-    model: Llama, trees: list[Tree], row_tokens: int = 0, pack_tokens: int = 0
-) -> list[Tree]:
+def rescore(model: Llama, trees: list[Tree], pack_tokens: int = 0) -> list[Tree]:
     """The same trees with the values and log-probabilities of this model.
 
     `pack_tokens` bounds one forward pass; 0: 8,192.
     """
-    device = next(model.parameters()).device
     rescored = []
     for group in group_by_tokens(trees, pack_tokens or 8192):
         chunk = [trees[index] for index in group]
-        logp_M, value_E, node_M = score(model, pack(chunk, row_tokens, device))
+        logp_M, value_E, node_M = score(model, pack(chunk))
         logp_E = step_logp(logp_M, node_M, len(value_E))
         scores = zip(logp_E.tolist(), value_E.tolist())
         for tree in chunk:
@@ -547,10 +448,8 @@ DIVISORS = {  # the count of the whole optimizer step that divides each sum of `
 class Batch:
     """Lessons in one pack, as tensors on `device`: pairs P, and vectors over the nodes E."""
 
-    def __init__(
-        self, lessons: list[Lesson], config: LossConfig, row_tokens: int = 0, device="cpu"
-    ):
-        self.packed = packed = pack([lesson.tree for lesson in lessons], row_tokens, device)
+    def __init__(self, lessons: list[Lesson], config: LossConfig, device="cpu"):
+        self.packed = packed = pack([lesson.tree for lesson in lessons])
 
         def tensor(values, dtype=torch.float32):
             return torch.tensor(values, dtype=dtype, device=device)
@@ -662,9 +561,7 @@ def fingerprints(model: Llama, trees: list[Tree]) -> dict[str, str]:
     return {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
 
 
-def add_reference(
-    model: Llama, trees: list[Tree], file: Path, row_tokens: int = 0, pack_tokens: int = 0
-):
+def add_reference(model: Llama, trees: list[Tree], file: Path, pack_tokens: int = 0):
     """Set the nodes' log-probabilities to those of the policy, before it is trained.
 
     They are read from `file`, or computed by one pass (`rescore`, each rank its share) and kept
@@ -675,7 +572,7 @@ def add_reference(
         logp = read_reference(file, marks)
     else:
         numbers = rank_share(range(len(trees)))
-        rescored = rescore(model, rank_share(trees), row_tokens, pack_tokens)
+        rescored = rescore(model, rank_share(trees), pack_tokens)
         mine = [(n, [node.logp for node in tree.nodes]) for n, tree in zip(numbers, rescored)]
         logp = [value for _, values in sorted(gather(mine)) for value in values]
         tensors = {"logp": torch.tensor(logp)}

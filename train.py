@@ -22,6 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -112,15 +113,15 @@ TINY = {  # the model that is trained from scratch
     "tie_word_embeddings": True,
     "initializer_range": 0.05,
 }
-FREE = (  # fields that may change on an existing run: they change memory, speed or names alone
+FREE = (  # fields that may change on an existing run: memory, speed, rounding and names
     "out",
     "device",
+    "dtype",
     "plan",
     "keep",
     "tensorboard",
     "save_every",
     "recompute",
-    "row_tokens",
     "pack_tokens",
     "answer_lanes",
 )
@@ -191,9 +192,6 @@ class TrainConfig:
     tune_batch: int = flag(4, "trees per step, over all ranks", least=1)
     tune_lr: float = flag(1e-5, "peak learning rate on trees", least=0)
     group: int = flag(8, "grpo: solutions sampled of each question (G)", least=2)
-    row_tokens: int = flag(
-        0, "pack trees into rows of this many tokens; 0: of the largest tree", least=0
-    )
     pack_tokens: int = flag(
         0,
         "tokens of one forward and backward pass, whole trees; 0: as the free memory allows",
@@ -569,8 +567,8 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
     model = job.load(previous, "float32")  # weights are float32 whatever the type to compute in
     for block in model.model.layers:
         block.recompute = train.recompute
-    shard(model, job.run.dtype)
-    train = replace(train, pack_tokens=train.pack_tokens or tokens_of_pass(job, model, lessons))
+    computing = shard(model, job.run.dtype)
+    train = replace(train, pack_tokens=train.pack_tokens or tokens_of_pass(job, model))
 
     def lessons_of(step: int) -> list[tuple[int, Lesson]]:
         """This rank's share of a step's lessons, with their places in the step."""
@@ -583,18 +581,16 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         return [(place, learn(tree, losses)) for (place, _), tree in zip(places, groups)]
 
     with Stop() as stop:  # a request to stop waits for the end of the step, or of writing the model
-        optimize(model, steps, lr, lessons_of, losses, train, seed, stage, stop)
+        optimize(model, computing, steps, lr, lessons_of, losses, train, seed, stage, stop)
         write_model(model, previous, stage, job.run.save_dtype)
 
 
-def tokens_of_pass(job: Job, model: Llama, lessons: list[Lesson]) -> int:
+def tokens_of_pass(job: Job, model: Llama) -> int:
     """Tokens of one forward and backward pass for which the memory that is free suffices."""
     sizes = sizes_of(model.config, job.run)
     device = next(model.parameters()).device
     free = free_memory(device)
-    longest = max((lesson.tree.tokens() for lesson in lessons), default=job.search.tree_tokens)
-    dense = 0 if device.type == "cuda" else longest  # flex_attention needs no dense mask
-    room = pack_room(sizes, world_size(), job.run, job.train, free, dense)
+    room = pack_room(sizes, world_size(), job.run, job.train, free)
     if room < 1:
         raise InputError(
             f"{free / 1e9:.1f} GB are free beside the weights, too few to train: use more GPUs or "
@@ -605,6 +601,7 @@ def tokens_of_pass(job: Job, model: Llama, lessons: list[Lesson]) -> int:
 
 def optimize(
     model: Llama,
+    computing: Llama,
     steps: int,
     lr: float,
     lessons_of: Callable[[int], list[tuple[int, Lesson]]],
@@ -616,8 +613,9 @@ def optimize(
 ):
     """AdamW over `steps` steps, from the stage's last checkpoint on.
 
-    `lessons_of(step)` returns this rank's lessons with their places in the step. The model stays in
-    evaluation mode: its only dropout is that of `draw_dropout`.
+    `computing` is what `shard` returned for the model. `lessons_of(step)` returns this rank's
+    lessons with their places in the step. The model stays in evaluation mode: its only dropout is
+    that of `draw_dropout`.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, (0.9, 0.95), weight_decay=train.weight_decay, fused=True
@@ -628,7 +626,7 @@ def optimize(
     with progress(range(first, steps), stage.name, steps, "step", first) as bar:
         for step in bar:
             begin = time.perf_counter()
-            figures, counts = backward(model, lessons_of(step), losses, train, seed, step)
+            figures, counts = backward(computing, lessons_of(step), losses, train, seed, step)
             figures["grad_norm"] = clip_gradients(model, train.clip)
             check_finite(figures, stage, step)
             for group in optimizer.param_groups:
@@ -666,7 +664,7 @@ def backward(
     batches = []
     for group in groups:
         lessons = [lesson for _, lesson in group]
-        batches.append(Batch(lessons, losses, train.row_tokens, device))
+        batches.append(Batch(lessons, losses, device))
     counts = counts_over_ranks(batches)
     totals = torch.zeros(1 + len(DIVISORS), dtype=torch.float64)
     for group, batch in zip(groups, batches):
@@ -759,32 +757,54 @@ def order(count: int, seed: int, start: int, batch: int) -> list[int]:
     return [shuffled[place // count][place % count] for place in places]
 
 
-def shard(model: Llama, dtype: str):
-    """FSDP2, a block at a time: float32 weights in shards, computing in `dtype`, gradients summed
-    in float32.
+def shard(model: Llama, dtype: str) -> Llama:
+    """Prepare a float32 model for training in `dtype`; returns the model that computes.
 
-    Without a process group (one process, float32) there is nothing to do.
+    With a process group: FSDP2, a block at a time, float32 weights in shards, gradients summed in
+    float32. Without one: the model itself, or a copy in `dtype`. Each forward pass takes the copy's
+    weights from the model, and its gradients are added to the model's in float32.
     """
-    if not dist.is_initialized():
-        return
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32)
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def unsharded_copy(model: Llama, dtype: str) -> Llama:
-    """A whole copy of a sharded model, in `dtype`; the model itself if it is not sharded."""
-    if not dist.is_initialized():
+    if dist.is_initialized():
+        mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+        policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32)
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
+    if dtype == "float32":
         return model
+    copy = whole_copy(model, dtype)
+    pairs = list(zip(copy.parameters(), model.parameters()))
+
+    @torch.no_grad()
+    def take_weights(*_):
+        for mine, master in pairs:
+            mine.copy_(master)
+
+    def give_gradient(master, mine):
+        if master.grad is None:
+            master.grad = mine.grad.float()
+        else:
+            master.grad += mine.grad
+        mine.grad = None
+
+    copy.register_forward_pre_hook(take_weights)
+    for mine, master in pairs:
+        mine.register_post_accumulate_grad_hook(partial(give_gradient, master))
+    return copy
+
+
+def whole_copy(model: Llama, dtype: str) -> Llama:
+    """A whole copy of a model, sharded or not, in `dtype`."""
     with torch.device("meta"):
         copy = Llama(model.config)
     state = {}
     for name, parameter in model.named_parameters():
-        state[name] = parameter.detach().to(getattr(torch, dtype)).full_tensor()
+        weight = parameter.detach().to(getattr(torch, dtype), copy=True)
+        state[name] = weight.full_tensor() if isinstance(weight, DTensor) else weight
     copy.load_state_dict(state, assign=True)
-    return copy
+    for block, original in zip(copy.model.layers, model.model.layers):
+        block.recompute = original.recompute
+    return copy.requires_grad_(True).eval()
 
 
 def write_model(model: Llama, previous: Path, stage: Path, dtype: str):
@@ -840,7 +860,7 @@ def grow_trees(
             # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
             del model
             model = job.load(previous, "float32")
-        add_reference(model, trees, reference, job.train.row_tokens, job.train.pack_tokens)
+        add_reference(model, trees, reference, job.train.pack_tokens)
     return trees
 
 
@@ -890,7 +910,7 @@ def grow_groups(
 
 def groups_of_policy(job: Job, model: Llama, questions: list[Question], seed: int) -> list[Tree]:
     """The groups of an optimizer step, sampled from the policy as it is."""
-    policy = unsharded_copy(model, job.run.dtype)
+    policy = whole_copy(model, job.run.dtype)
     return grow_groups(policy, job.train_tokenizer, questions, job.search, job.train.group, seed)
 
 

@@ -33,13 +33,12 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch
 
-from data import SourceConfig, StepTokenizer, Tree, TreeNode
+from data import StepTokenizer, Tree, TreeNode
 from engine import Tick, TreeCache
 from experiments.bench import last_line
 from model import Llama, LlamaConfig, save_model
 from support.flags import run_command
 from support.graphs import Graphed
-from support.ranks import join_ranks
 from svpo import Lesson, LossConfig, learn
 from tasks.built_in import task_tokenizer
 from train import TrainConfig, backward, shard
@@ -304,7 +303,7 @@ def time_training(
     model = random_model(shape, device, torch.float32)
     for block in model.model.layers:
         block.recompute = not tiny
-    shard(model, dtype)
+    computing = shard(model, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     config = TrainConfig(pack_tokens=2048)
     losses = LossConfig()
@@ -312,7 +311,7 @@ def time_training(
     pairwise = [branch for lesson in lessons for branch in branches(lesson)]
 
     def step(lessons, losses):
-        _, counts = backward(model, list(enumerate(lessons)), losses, config, 0, 0)
+        _, counts = backward(computing, list(enumerate(lessons)), losses, config, 0, 0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -342,8 +341,8 @@ def shortened_7b() -> LlamaConfig:
     shape = SHAPES["7B"]
     embeddings = 2 * shape.vocab_size * shape.hidden_size
     layer = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    # 16 bytes for each weight of the embeddings, 18 of a layer, 30 GB for activations and logits
-    room = torch.cuda.mem_get_info()[0] - 30e9 - 16 * embeddings
+    # 18 bytes for each weight, 30 GB for activations and logits
+    room = torch.cuda.mem_get_info()[0] - 30e9 - 18 * embeddings
     return replace(shape, num_hidden_layers=max(1, min(32, int(room / (18 * layer)))))
 
 
@@ -441,7 +440,6 @@ def main():
     if "search" in config.parts:
         found["search"] = print_search(device, dtype, config.tiny)
     if "training" in config.parts:
-        join_ranks(SourceConfig(device=device, dtype=dtype))
         found["training"] = print_training(device, dtype, rate, config.tiny)
     if config.json:
         config.json.write_text(json.dumps(found, indent=1))

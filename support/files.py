@@ -102,19 +102,21 @@ def head_commit() -> str:
 def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **more):
     """Store the fields of the dataclasses in `configs`, or compare them with the stored ones.
 
-    Fields in `free` may differ. InputError names the fields that differ and must not; `more` holds
-    further entries, of which `questions` must not change either.
+    Fields in `free` may differ, and those that do are printed. InputError names the fields that
+    differ and must not; `more` holds further entries, of which `questions` must not change either.
     """
     wanted = {type(config).__name__: dataclasses.asdict(config) for config in configs}
     if not file.exists() and write:
         write_json(file, {**wanted, **more})
     stored = read_json(file) if file.exists() else wanted
     different = []
+    changed = []
     for part, fields in wanted.items():
         for name, value in fields.items():
             before = stored.get(part, {}).get(name)
-            if name not in free and before != value:
-                different.append(f"{flag_name(name)} {before!r} -> {value!r}")
+            if before != value:
+                found = changed if name in free else different
+                found.append(f"{flag_name(name)} {before!r} -> {value!r}")
     if different:
         raise InputError(
             f"{file} was created with a different configuration: {', '.join(different)}; "
@@ -122,3 +124,5 @@ def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **m
         )
     if stored.get("questions", more.get("questions")) != more.get("questions"):
         raise InputError(f"{file} was created with different questions; choose a different --out")
+    if changed:
+        print(f"{file}: from here on with {', '.join(changed)}")

@@ -71,6 +71,8 @@ def parse_args(
             known = {name: value for name, value in recipe.defaults.items() if name in fields}
             values |= known | given
     check_values(fields, values)
+    if values.get("dtype") == "auto":
+        values["dtype"] = "bfloat16" if values.get("plan") else fast_dtype(values["device"])
     return tuple(
         config(**{item.name: values[item.name] for item in dataclasses.fields(config)})
         for config in configs
@@ -141,6 +143,14 @@ def check_values(fields: dict[str, dataclasses.Field], values: dict):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"--device {values['device']}: this machine has {count} CUDA devices")
+
+
+def fast_dtype(device: str) -> str:
+    """bfloat16 where a device has units that multiply in it: GPUs, CPUs with AMX or AVX512-BF16."""
+    if torch.device(device).type != "cpu":
+        return "bfloat16"
+    units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if units else "float32"
 
 
 def visible(text: str) -> str:

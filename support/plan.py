@@ -17,7 +17,6 @@ GPUS = (1, 2, 4, 8, 64)
 BANDWIDTH = 3.35e12  # of an H100, in bytes a second
 RATE = {"bfloat16": 989e12, "float32": 67e12}  # of an H100, in FLOPs a second
 REACHED = 0.5  # the part of both that a program reaches
-MASK_BYTES = 10  # of a dense mask for a pair of tokens: it is made from booleans
 LIVE = 0.5  # of the lanes of a search, assumed: the others wait for the longest step
 QUESTIONS = 15000  # GSM8K and MATH
 TREE_BYTES = 17  # of the host's memory for a token of a tree: two list entries, and its node
@@ -115,31 +114,32 @@ class Searching:
 
 def training_memory(sizes: Sizes, lengths: Lengths, gpus: int, run, train) -> dict[str, float]:
     """Bytes of each part of loading and training on one of `gpus` GPUs."""
-    unsharded = gpus == 1 and run.dtype == "float32"
     block = sizes.block_parameters
     root = sizes.parameters - block * sizes.config.num_hidden_layers
-    gathered = (2 * root + 3 * block) * sizes.width + 4 * max(root, block)
+    if gpus > 1:
+        gathered = (2 * root + 3 * block) * sizes.width + 4 * max(root, block)
+    else:  # a copy to compute with
+        gathered = 0 if run.dtype == "float32" else sizes.weights
     share = math.ceil(train.tune_batch / gpus) * lengths.training_tree
     tokens = max(min(train.pack_tokens or share, share), lengths.training_tree)
-    shards = 0 if unsharded else 1 / gpus  # made while the whole model is in memory in float32
+    shards = 1 / gpus if gpus > 1 else 0  # made while the whole model is in memory in float32
     return {
         "loading": 4 * sizes.parameters * (1 + shards),
         "state": 16 * sizes.parameters / gpus,  # float32 weights, gradients and AdamW's moments
-        "gathered": 0 if unsharded else gathered,
+        "gathered": gathered,
         "activations": sizes.activations(tokens, train.recompute),
     }
 
 
-def pack_room(sizes: Sizes, gpus: int, run, train, free: float, row_tokens: int = 0) -> int:
+def pack_room(sizes: Sizes, gpus: int, run, train, free: float) -> int:
     """Tokens of a forward and backward pass for which `free` bytes suffice; under 1: none.
 
-    Gradients and AdamW's moments of the weights that are there already are still to come. Where
-    attention takes a dense mask, `row_tokens` is the length of its rows.
+    Gradients and AdamW's moments of the weights that are there already are still to come.
     """
     parts = training_memory(sizes, Lengths(0, 0, 1), gpus, run, replace(train, pack_tokens=1))
     fixed = 0.75 * parts["state"] + parts["gathered"] + sizes.activations(0, train.recompute)
     each = sizes.activations(1, train.recompute) - sizes.activations(0, train.recompute)
-    return int((free - fixed) // (each + MASK_BYTES * row_tokens))
+    return int((free - fixed) // each)
 
 
 def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, losses, answering):

@@ -46,17 +46,15 @@ def use_device(source) -> str:
 
 
 def join_ranks(source) -> str:
-    """Join the other ranks where FSDP needs it: with several ranks, or to compute in bfloat16.
+    """Join the other ranks that torchrun has started, if any; returns this rank's device.
 
-    `source` has the fields `device` and `dtype` of a command line. Returns this rank's device.
+    `source` has the field `device` of a command line.
     """
     device = use_device(source)
-    alone = "WORLD_SIZE" not in os.environ
-    if not alone or source.dtype != "float32":
+    if "WORLD_SIZE" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         # one rank may search for days longer than another
-        dist.init_process_group(backend, timeout=timedelta(days=30), **group)
+        dist.init_process_group(backend, timeout=timedelta(days=30))
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device

@@ -208,9 +208,12 @@ def test_a_full_disk_keeps_what_is_whole(tmp_path, undisturbed, where):
     process = start(tmp_path, *words)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
+    # trees that are searched beside fewer questions are the same up to rounding
+    rounding = 0 if where == "checkpoint" else 1e-5
     for name in ("sft", "round1"):
-        same(weights(tmp_path, name), weights(undisturbed, name), 0)
-        assert log(tmp_path, name) == log(undisturbed, name)
+        same(weights(tmp_path, name), weights(undisturbed, name), rounding)
+        for one, two in zip(log(tmp_path, name), log(undisturbed, name), strict=True):
+            assert one == pytest.approx(two, rel=rounding, abs=rounding / 10)
 
 
 @pytest.mark.skipif(not namespaces(), reason="a file system of its own size cannot be mounted here")

@@ -54,7 +54,7 @@ def fast_losses(model, trees: list) -> dict:
         pairs="all",
         min_gap=minimal.MIN_GAP,
     )
-    batch = Batch([learn(tree, config) for tree in trees], config, row_tokens=256)
+    batch = Batch([learn(tree, config) for tree in trees], config)
     sums = loss_sums(*score(model, batch.packed, batch.needed_E), batch, config)
     terms = {}
     for name in ("policy", "sft", "mse", "margin"):

@@ -10,7 +10,7 @@ from test_mcts import QUESTIONS, path_tokens
 
 from data import Tree, TreeNode
 from mcts import SearchConfig, search_trees
-from model import block_mask, token_logp, tree_mask
+from model import block_mask, path_mask, token_logp, tree_mask
 from svpo import (
     DIVISORS,
     OBJECTIVES,
@@ -231,9 +231,9 @@ def reference_loss(policy_E, value_E, trees, config):
     )
 
 
-def measure(model, trees, config, row_tokens=0):
+def measure(model, trees, config):
     """(loss, figures) of trees in one pack."""
-    batch = Batch([learn(tree, config) for tree in trees], config, row_tokens)
+    batch = Batch([learn(tree, config) for tree in trees], config)
     sums = loss_sums(*score(model, batch.packed, batch.needed_E), batch, config)
     figures = {}
     for name, count in DIVISORS.items():
@@ -241,25 +241,23 @@ def measure(model, trees, config, row_tokens=0):
     return total_loss(sums, batch.counts, config), figures
 
 
-@pytest.mark.parametrize("row_tokens", [0, 300, 25])
-def test_packed_trees_equal_separate_paths(model, tokenizer, row_tokens, monkeypatch):
-    """Catches every fault of mask, positions, packing, cutting long trees, chunks of logits or
+@pytest.mark.parametrize("queries", [128, 5])  # one block, and many
+def test_packed_trees_equal_separate_paths(model, tokenizer, queries, monkeypatch):
+    """Catches every fault of mask, positions, packing, blocks of queries, chunks of logits or
     gathering: log-probabilities, values, loss and gradients to 1e-5."""
+    monkeypatch.setattr("model.QUERIES", queries)
     monkeypatch.setattr("model.LOGITS", 15 * 40)  # chunks of 40 tokens
     trees = searched(model, tokenizer)
     config = LossConfig(pairs="all", min_gap=0.2)
     assert sum(len(sibling_pairs(tree, "all", 0.2)) for tree in trees) > 10
-    packed = pack(trees, row_tokens)
-    sizes = [tree.tokens() for tree in trees]
-    assert sum(sizes) <= packed.token_BT.numel()
-    if row_tokens == 25:  # cut: shorter rows than the largest tree's
-        assert max(sizes) > packed.token_BT.shape[1]
+    packed = pack(trees)
+    assert len(packed.token_T) == sum(tree.tokens() for tree in trees) > 128
     logp_M, value_E, node_M = score(model, packed)
     path_logp_E, path_value_E = by_path(model, trees)
     logp_E = step_logp(logp_M, node_M, len(packed.nodes))
     torch.testing.assert_close(logp_E, path_logp_E, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(value_E, path_value_E, atol=1e-5, rtol=0)
-    loss, _ = measure(model, trees, config, row_tokens)
+    loss, _ = measure(model, trees, config)
     wanted = reference_loss(path_logp_E, path_value_E, trees, config)
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -372,16 +370,33 @@ def block_mask_BTT(end_BT):
     return block_mask(end_BT).mask_mod(row_B11, 0, index_T[None, :, None], index_T[None, None, :])
 
 
-def test_block_mask_is_the_dense_mask(model, tokenizer):
-    """Catches a block mask (flex_attention) that is not the dense mask, in itself and through the
-    model."""
-    packed = pack(searched(model, tokenizer), 100)
-    end_BT = packed.subtree_end_BT
-    assert (block_mask_BTT(end_BT) == tree_mask(end_BT)[:, 0]).all()
+def path_mask_TT(end_T):
+    """The mask of a PathMask, written out for every pair of tokens."""
+    seen_TT = torch.zeros(len(end_T), len(end_T), dtype=torch.bool)
+    key_X, seen = path_mask(end_T)
+    keys = key_X.split([seen_QS.shape[1] for seen_QS in seen])
+    first = 0
+    for key_S, seen_QS in zip(keys, seen):
+        seen_TT[first : first + len(seen_QS), key_S] = seen_QS
+        first += len(seen_QS)
+    assert first == len(end_T)
+    return seen_TT
+
+
+def test_masks_through_the_model_are_the_dense_mask(model, tokenizer, monkeypatch):
+    """Catches attention by blocks (flex_attention, paths) that is not attention under the dense
+    mask."""
+    packed = pack(searched(model, tokenizer))
+    end_1T = packed.subtree_end_T[None]
+    line = packed.token_T[None], packed.position_T[None]
     with torch.no_grad():
-        dense = model.hidden(packed.token_BT, packed.position_BT, tree_mask(end_BT))
-        sparse = model.hidden(packed.token_BT, packed.position_BT, block_mask(end_BT))
-    torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
+        dense = model.hidden(*line, tree_mask(end_1T))
+        flex = model.hidden(*line, block_mask(end_1T))
+        torch.testing.assert_close(flex, dense, atol=1e-5, rtol=1e-5)
+        for queries in (128, 7):
+            monkeypatch.setattr("model.QUERIES", queries)
+            paths = model.hidden(*line, path_mask(end_1T[0]))
+            torch.testing.assert_close(paths, dense, atol=1e-5, rtol=1e-5)
 
 
 def random_tree(rng: random.Random) -> Tree:
@@ -392,26 +407,26 @@ def random_tree(rng: random.Random) -> Tree:
     return tree_of(*nodes)
 
 
-def test_masks_of_random_forests():
-    """Catches forests, of 1,000 random ones in random packings, for which block mask, dense mask
-    and "is it on my path" differ."""
+def test_masks_of_random_forests(monkeypatch):
+    """Catches forests, of 1,000 random ones, for which block mask, path mask, dense mask and "is it
+    on my path" differ."""
     rng = random.Random(0)
     for number in range(1000):
         trees = [random_tree(rng) for _ in range(rng.randint(1, 4))]
-        packed = pack(trees, rng.choice((0, 12, 40)))
-        end_BT = packed.subtree_end_BT
-        width = end_BT.shape[1]
-        dense_BTT = tree_mask(end_BT)[:, 0]
-        assert (block_mask_BTT(end_BT) == dense_BTT).all()
+        packed = pack(trees)
+        end_T = packed.subtree_end_T
+        dense_TT = tree_mask(end_T[None])[0, 0]
+        assert (block_mask_BTT(end_T[None])[0] == dense_TT).all()
+        monkeypatch.setattr("model.QUERIES", rng.choice((1, 3, 128)))
+        assert (path_mask_TT(end_T) == dense_TT).all()
         # a sampled token sees as many as stand before it on its path, and itself
-        seen = dense_BTT.sum(dim=-1).flatten()[packed.target_M]
-        assert (seen == packed.position_BT.flatten()[packed.target_M] + 1).all(), number
+        seen = dense_TT.sum(dim=-1)[packed.target_M]
+        assert (seen == packed.position_T[packed.target_M] + 1).all(), number
         path = {}
         for target, before in zip(packed.target_M.tolist(), packed.predictor_M.tolist()):
-            row, column = divmod(target, width)
             path[target] = path.get(before, {before}) | {target}
             if before in path:  # what its predecessor sees, and itself
-                found = dense_BTT[row, column].nonzero()[:, 0] + row * width
+                found = dense_TT[target].nonzero()[:, 0]
                 assert set(found.tolist()) >= path[target]
 
 
@@ -498,11 +513,11 @@ def test_pack_by_hand():
         node(1, 0, tokens=(6,)),
     )
     packed = pack([tree])
-    assert packed.token_BT.tolist() == [[1, 2, 3, 4, 6, 5]]
-    assert packed.position_BT.tolist() == [[0, 1, 2, 3, 4, 2]]
-    assert packed.subtree_end_BT.tolist() == [[6, 6, 5, 5, 5, 6]]
+    assert packed.token_T.tolist() == [1, 2, 3, 4, 6, 5]
+    assert packed.position_T.tolist() == [0, 1, 2, 3, 4, 2]
+    assert packed.subtree_end_T.tolist() == [6, 6, 5, 5, 5, 6]
     targets = torch.stack([packed.target_M, packed.predictor_M, packed.node_M], dim=1)
     assert targets.tolist() == [[2, 1, 1], [3, 2, 1], [4, 3, 3], [5, 1, 2]]
     assert packed.last_E.tolist() == [1, 3, 5, 4]
-    seen = tree_mask(packed.subtree_end_BT)[0, 0, 5]
+    seen = tree_mask(packed.subtree_end_T[None])[0, 0, 5]
     assert seen.tolist() == [True, True, False, False, False, True]

@@ -21,9 +21,9 @@ from eval import AnswerConfig
 from mcts import SearchConfig, search_trees
 from model import load_model
 from support.flags import parse_args, run_command
-from svpo import LossConfig, rescore
+from svpo import LossConfig, learn, rescore
 from tasks.built_in import split_of
-from train import RunConfig, TrainConfig, make_job, order, schedule
+from train import RunConfig, TrainConfig, backward, make_job, order, schedule, shard
 
 SMALL = """
     --sft-questions 200 --search-questions 12 --valid-questions 6 --test-limit 10 --rounds 2
@@ -72,6 +72,58 @@ def test_a_run_leaves_the_promised_folder(run):
     columns = ["greedy", "sampled", "SBS(1,5)", "SBS(3,5)", "siblings own", "siblings fixed"]
     for word in (*columns, "sft", "round1", "round2"):
         assert word in table
+
+
+def test_what_changes_rounding_may_change_on_a_run(run):
+    """Catches a finished run that is refused because it is looked at on another machine, and a
+    change that is not said."""
+    folder, _ = run
+    done = command(ROOT / "train.py", *SMALL, "--dtype", "bfloat16", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "from here on with --dtype 'float32' -> 'bfloat16'\n" in done.stdout
+
+
+@pytest.mark.parametrize("units", ["", "_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_the_type_follows_the_units_of_the_machine(monkeypatch, units):
+    """Catches bfloat16 on a CPU that multiplies in it slowly, float32 on one that does not, and
+    another type for the tiny model."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == units)
+
+    def dtype(*words):
+        return parse_args("", (RunConfig,), [*words, "--device", "cpu"], recipes=RECIPES)[0].dtype
+
+    real = ("--model", "folder", "--data", "gsm8k")
+    assert dtype(*real) == dtype(*real, "--dtype", "auto") == ("bfloat16" if units else "float32")
+    assert dtype(*real, "--dtype", "float32") == dtype() == "float32"
+    assert dtype(*real, "--plan") == "bfloat16"  # the plan is one for GPUs
+
+
+def test_a_copy_computes_in_bfloat16(model, tokenizer):
+    """Catches gradients that stay with the copy or lose those of an earlier pack, weights that the
+    copy does not take over, and float32 training through a copy."""
+    losses = LossConfig(pairs="all", min_gap=0.1)
+    trees = search_trees(model, tokenizer, QUESTIONS, CONFIG)
+    lessons = list(enumerate(learn(tree, losses) for tree in trees))
+    several = TrainConfig(pack_tokens=lessons[0][1].tree.tokens())
+    assert shard(model, "float32") is model
+    backward(model, lessons, losses, several, 0, 0)
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    computing = shard(model, "bfloat16")
+    backward(computing, lessons, losses, several, 0, 0)
+    errors = []
+    for parameter, gradient in zip(model.parameters(), wanted):
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        errors.append((parameter.grad - gradient).norm())
+        assert errors[-1] <= 0.1 * gradient.norm()
+    assert sum(error > 0 for error in errors) > len(errors) / 2
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.5
+    backward(computing, lessons, losses, several, 0, 0)
+    for mine, master in zip(computing.parameters(), model.parameters()):
+        assert mine.grad is None and torch.equal(mine, master.bfloat16())
 
 
 @pytest.mark.parametrize("objective", ["dpo", "rft"])
