@@ -1,7 +1,7 @@
 """Speed and memory against other programs, on the same weights, questions, pairs and token counts.
 
     python experiments/bench.py search --model FOLDER --data questions.jsonl --prompt FILE
-                                            against `generate` of transformers
+                                            against `generate` of transformers; --vllm: and vLLM
     python experiments/bench.py train --model FOLDER --data questions.jsonl --trees trees.jsonl
                                             against DPOTrainer of TRL
     python experiments/bench.py gpu         one GPU against its own limits
@@ -71,9 +71,9 @@ def alternate(configs: tuple, alternations: int, sides: tuple) -> dict[str, dict
     return medians
 
 
-def compare(configs: tuple, alternations: int, title: str, ours: str, peer: str):
-    """Print the medians of two sides, and their ratios."""
-    medians = alternate(configs, alternations, (ours, peer))
+def compare(configs: tuple, alternations: int, title: str, ours: str, *peers: str):
+    """Print the medians of all sides, and our ratio to each of the others."""
+    medians = alternate(configs, alternations, (ours, *peers))
     print(f"\n{title}, medians of {alternations}")
     print(
         f"{'':14}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}"
@@ -84,8 +84,9 @@ def compare(configs: tuple, alternations: int, title: str, ours: str, peer: str)
             f"{side:14}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}"
             f"{row['nodes']:8.0f}{row['sampled_tokens']:9.0f}{row['peak_mb']:9.0f}"
         )
-    ratios = [medians[ours][key] / medians[peer][key] for key in ("nodes_s", "tokens_s")]
-    print(f"{'ratio':14}" + "".join(f"{ratio:10.2f}" for ratio in ratios))
+    for peer in peers:
+        ratios = [medians[ours][key] / medians[peer][key] for key in ("nodes_s", "tokens_s")]
+        print(f"{'to ' + peer:14}" + "".join(f"{ratio:10.2f}" for ratio in ratios))
     fed = {side: row["fed_tokens"] / row["sampled_tokens"] for side, row in medians.items()}
     text = ", ".join(f"{side} {share:.2f}" for side, share in fed.items())
     print(f"fed tokens, prompts included, for each sampled token: {text}", flush=True)
@@ -98,9 +99,11 @@ def compare_search(configs: tuple):
         f"MCTS, {config.questions} questions, {config.live} at once, "
         f"{search.simulations} simulations of {search.expand_width}"
     )
-    compare(configs, config.alternations, title, "ours", "peer")
+    peers = ("peer", "vllm") if config.vllm else ("peer",)
+    compare(configs, config.alternations, title, "ours", *peers)
     title = f"sampling, 32 questions, {config.sample_tokens} tokens each"
-    compare(configs, config.alternations, title, "sample-ours", "sample-peer")
+    peers = [f"sample-{peer}" for peer in peers]
+    compare(configs, config.alternations, title, "sample-ours", *peers)
 
 
 def compare_training(configs: tuple):

@@ -1,10 +1,10 @@
-"""The sides that bench.py compares: this program, `generate` of transformers, DPOTrainer of TRL.
+"""The sides that bench.py compares: this program, transformers, vLLM, and DPOTrainer of TRL.
 
 - Search: the peer runs the same MCTS (mcts.mcts). It expands all live questions in lock-step with
   one call of `generate`, which feeds each child's prefix again and copies a prompt before its first
   pass. A KV cache serves within the call, each sequence stops at its line break, and the values of
   leaves come free from the prompt pass. Budgets are equal. The random numbers differ, and so do the
-  trees.
+  trees. vLLM does the same with its own `generate` and its prefix cache; its V is 0.
 - Sampling: one solution of exactly as many tokens for each of 32 questions. We feed the prompt that
   they share once, the peer 32 times.
 - Training: one pass over the step pairs of searched trees, at learning rate 0, so that all sides
@@ -17,6 +17,7 @@ Dimension key: X sequences of a batch of the peer, T tokens, D width, V vocabula
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import tempfile
@@ -62,6 +63,7 @@ class BenchConfig:
     prompt_tokens: int = flag(0, "make each question's prompt at least about this long", least=0)
     trees: str = flag("", "train: file of searched trees of these questions")
     batch: int = flag(8, "train: pairs an optimizer step", least=1)
+    vllm: bool = flag(False, "search: against vLLM, too (experiments/requirements-vllm.txt)")
     side: str = flag("", "one measurement in this process")
 
 
@@ -332,10 +334,72 @@ def prefix_tokens(leaf: Node) -> list[int]:
     return root.tokens + [token for node in path for token in node.tokens]
 
 
-def search_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
+class VllmPeer(Peer):
+    """The same with vLLM's `generate`, which caches prefixes."""
+
+    def __init__(
+        self, source: SourceConfig, model: Llama, tokenizer: StepTokenizer, config: BenchConfig
+    ):
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GB
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise InputError(f"--vllm: {error} (pip install -r experiments/requirements-vllm.txt)")
+        context = min(4096, model.config.max_position_embeddings)
+        model.model = None  # its memory is not the peer's
+        self.model = LLM(
+            str(find_folder(source.model)),
+            dtype=source.dtype,
+            enable_prefix_caching=True,
+            max_model_len=context,
+            seed=source.seed,
+        )
+        self.tokenizer = tokenizer
+        self.config = config
+        self.tables_V4 = tokenizer.tables_4V.T.tolist()
+        self.sampled_tokens = self.fed_tokens = self.nodes = 0
+
+    def generate(
+        self,
+        prefixes: list[list[int]],
+        copies: int,
+        new_tokens: int,
+        temperature: float,
+        step: bool,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        from vllm import SamplingParams
+
+        words = SamplingParams(
+            n=copies,
+            temperature=temperature,
+            max_tokens=new_tokens,
+            ignore_eos=not step,
+            stop=["\n"] if step else None,
+            include_stop_str_in_output=True,
+            logprobs=0,  # that of the sampled token alone
+        )
+        asked = [{"prompt_token_ids": prefix} for prefix in prefixes]
+        texts, logps = [], []
+        for found in self.model.generate(asked, words, use_tqdm=False):
+            self.fed_tokens += len(found.prompt_token_ids) - (found.num_cached_tokens or 0)
+            for one in found.outputs:
+                tokens = list(one.token_ids)
+                texts.append(tokens)
+                pairs = zip(tokens, one.logprobs)
+                logps.append([of_token[token].logprob for token, of_token in pairs])
+                self.fed_tokens += len(tokens)
+        self.prompt_value = [0.0] * len(texts)
+        return texts, logps
+
+
+def search_peer(
+    source: SourceConfig, config: BenchConfig, search: SearchConfig, kind: type = Peer
+) -> dict:
     """The peer's search."""
     model, tokenizer, questions = setting(source, config)
-    peer = Peer(source, model, tokenizer, config)
+    peer = kind(source, model, tokenizer, config)
     torch.manual_seed(source.seed)
     reset_peak()
     begin = time.perf_counter()
@@ -351,10 +415,12 @@ def search_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig)
     )
 
 
-def sample_peer(source: SourceConfig, config: BenchConfig, search: SearchConfig) -> dict:
+def sample_peer(
+    source: SourceConfig, config: BenchConfig, search: SearchConfig, kind: type = Peer
+) -> dict:
     """The same 32 samples by the peer."""
     model, tokenizer, questions = setting(source, replace(config, questions=32))
-    peer = Peer(source, model, tokenizer, config)
+    peer = kind(source, model, tokenizer, config)
     torch.manual_seed(source.seed)
     reset_peak()
     begin = time.perf_counter()
@@ -433,7 +499,9 @@ def train_ours(source: SourceConfig, config: BenchConfig, search: SearchConfig) 
         stage = Path(folder) / "stage"
         stage.mkdir()
         placed = list(enumerate(lessons))
-        optimize(model, steps, 0.0, lambda n: placed[n::steps], losses, TrainConfig(), 0, stage)
+        optimize(
+            model, model, steps, 0.0, lambda n: placed[n::steps], losses, TrainConfig(), 0, stage
+        )
         rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return report(
         begin,
@@ -543,6 +611,8 @@ SIDES = {
     "peer": search_peer,
     "sample-ours": sample_ours,
     "sample-peer": sample_peer,
+    "vllm": partial(search_peer, kind=VllmPeer),
+    "sample-vllm": partial(sample_peer, kind=VllmPeer),
     "train-ours": train_ours,
     "trl": train_trl,
     "trl-precomputed": partial(train_trl, precompute=True),

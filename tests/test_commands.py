@@ -165,6 +165,10 @@ def test_benchmark_in_tiny_mode(work):
             assert 3 <= found["simulations"] <= 12 and found["nodes"] == 4 * found["simulations"]
         else:
             assert found["sampled_tokens"] == 32 * 4
+    if not importlib.util.find_spec("vllm"):
+        process = start(*bench, "--side", "vllm", cwd=folder)
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 2 and "requirements-vllm.txt" in errors.splitlines()[-1]
     speed = ROOT / "experiments" / "search_speed.py"
     assert "matrix products" in finish(start(speed, "profile", *words, cwd=folder))
     assert "two ranks" in finish(start(speed, "ranks", *words, cwd=folder))
