@@ -409,7 +409,7 @@ def block_mask(subtree_end_BT: Tensor) -> BlockMask:
     )
 
 
-def path_mask(subtree_end_T: Tensor) -> "PathMask":
+def path_mask(subtree_end_T: Tensor) -> PathMask:
     """The same, for a line of T tokens, as blocks of queries with the keys that some of them see.
 
     Depth-first, the queries of a block lie close together in the tree and share most of their
