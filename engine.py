@@ -150,7 +150,9 @@ class Room:
     """The room of the cache, in tokens."""
 
     rows: int  # searches at once
-    slots: int  # of a row: the prompt, the paths being extended and their new steps
+    # of a row: the prompt (on a CPU without what all prompts share), the paths being extended and
+    # their new steps
+    slots: int
     store: int  # of a row: complete steps that may be extended again
     tokens: int  # of a search: its prompt and stored steps, at most
 
@@ -435,9 +437,9 @@ class Engine:
         room = reserve(prompts, demand, config, self.context, fit)
         # tokens that all prompts begin with; on a CPU they are read once for all rows
         self.prefix = common_prefix([prompt for _, prompt in waiting])
-        self.in_no_row = len(self.prefix) if self.device.type == "cpu" else 0
+        self.prefix_outside = len(self.prefix) if self.device.type == "cpu" else 0
         # one more slot that nobody reads, for dead lanes of static ticks
-        room = replace(room, slots=room.slots - self.in_no_row + self.static)
+        room = replace(room, slots=room.slots - self.prefix_outside + self.static)
         most = max(1, min(rows, len(prompts)))
         most = rows_of(room, demand, most, model, config.cache_tokens)
         self.room = room = replace(room, rows=most)
@@ -516,9 +518,9 @@ class Engine:
         kind = self.cache.slots_L2BSGK
         memory = TreeCache(self.model.config, 1, count, 0, kind.device, kind.dtype)
         self.feed_prompts([0], [self.prefix], 0, memory)
-        self.prefix_L2SGK = memory.slots_L2BSGK[:, :, 0]
-        if self.in_no_row:
-            self.cache.prefix_L2PGK = self.prefix_L2SGK
+        self.prefix_L2PGK = memory.slots_L2BSGK[:, :, 0]
+        if self.prefix_outside:
+            self.cache.prefix_L2PGK = self.prefix_L2PGK
 
     def feed_prompts(
         self, rows: list[int], prompts: list[list[int]], begin: int, cache: TreeCache
@@ -547,8 +549,8 @@ class Engine:
         batch = [self.waiting.pop() for _ in free[: len(self.waiting)]]
         rows = free[: len(batch)]
         prefix = len(self.prefix)
-        if prefix and not self.in_no_row:
-            self.cache.slots_L2BSGK[:, :, rows, :prefix] = self.prefix_L2SGK[:, :, None]
+        if prefix and not self.prefix_outside:
+            self.cache.slots_L2BSGK[:, :, rows, :prefix] = self.prefix_L2PGK[:, :, None]
         prompts = [prompt for _, prompt in batch]
         hidden_RD = self.feed_prompts(rows, prompts, prefix, self.cache)
         value_R = self.model.value(hidden_RD).tolist()
@@ -633,7 +635,7 @@ class Engine:
 
     def prompt_slots(self, search: Search) -> int:
         """How many slots of its row a search's prompt takes."""
-        return len(search.root.tokens) - self.in_no_row
+        return len(search.root.tokens) - self.prefix_outside
 
     def forget_others(self, search: Search, row: int, slots: dict[Node, slice]):
         """Keep only the nodes whose tokens lie in these slots, at the beginning of the store."""

@@ -8,11 +8,11 @@ hidden state of the last token).
 With a cache (engine.TreeCache) the tokens of many partial solutions are fed as one flat line, and
 only `Attention` sees the rows of the cache. Skip `cache` at a first reading.
 
-Dimension key: B rows (of a pack, or of a cache; 1 for a flat line), T tokens, N columns of a
+Dimension key: B rows (of a batch, or of a cache; 1 for a flat line), T tokens, N columns of a
 cache's row, S tokens that may be seen (cached and new), M tokens to score, D width, V vocabulary,
-H query heads, G key/value heads, Q queries of the heads that share a key, K head width, J pairs of
-its dimensions (K / 2), R blocks of queries, C blocks of keys, X tokens of a block or of a flat
-line, P tokens of a prefix, L layers.
+H query heads, G key/value heads, Q queries of a key (of a block, of all heads that share it),
+K head width, J pairs of its dimensions (K / 2), R blocks of queries, C blocks of keys, X tokens of
+a block or of a flat line, P tokens of a prefix, L layers.
 """
 
 import functools
@@ -75,7 +75,8 @@ class PathMask(NamedTuple):
     """Who sees whom in a line of tokens, by blocks of queries (see `path_mask`)."""
 
     key_X: Tensor  # indices of the keys of each block, block after block
-    seen: list[Tensor]  # (Q, S) of each block: True where the query may look at the key
+    # (Q, S) of each block: True where the query may look at the key, or additive
+    seen: list[Tensor]
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -127,7 +128,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None, cache
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | PathMask | None,
+        cache,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTHK = self.q_proj(x_BTD).view(B, T, self.heads, self.head_dim)
@@ -148,12 +154,12 @@ class Attention(nn.Module):
 
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask) -> Tensor:
         """Attention of tokens among themselves (B, T, H, K); plain causal without a mask."""
+        if isinstance(mask, PathMask):
+            return attend_paths(q_BTHK, k_BTGK, v_BTGK, mask)
         q_BHTK = q_BTHK.transpose(1, 2)
         k_BGTK = k_BTGK.transpose(1, 2)
         v_BGTK = v_BTGK.transpose(1, 2)
         shared = self.heads != self.groups
-        if isinstance(mask, PathMask):
-            return attend_paths(q_BTHK, k_BTGK, v_BTGK, mask)
         if isinstance(mask, BlockMask):
             attended = flex()(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=shared)
         else:
@@ -193,7 +199,7 @@ class Attention(nn.Module):
         k_BGSK = k_BSGK.transpose(1, 2)
         v_BGSK = v_BSGK.transpose(1, 2)
         log_BNH = None
-        if logs:  # the public function keeps them to itself
+        if logs:  # the public function keeps them to itself (requirements.txt bounds torch)
             attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             out_BGQK, log_BGQ = attention(q_BGQK, k_BGSK, v_BGSK, attn_mask=mask)
             log_BNH = log_BGQ.reshape(q_BHNK.shape[:3]).transpose(1, 2)
@@ -371,7 +377,7 @@ class Llama(nn.Module):
 
 
 def tree_mask(subtree_end_BT: Tensor) -> Tensor:
-    """The mask (B, 1, T, T) of forests that are packed depth-first.
+    """The mask (B, 1, T, T) of forests that are packed depth-first. The others below stand for it.
 
     Token q sees token k exactly when k <= q < subtree_end[k]. That is causality, ancestry,
     separation of siblings and isolation of packed documents in one line.
@@ -417,7 +423,7 @@ def path_mask(subtree_end_T: Tensor) -> PathMask:
     block's first query, and only the seen keys are computed with.
     """
     length = len(subtree_end_T)
-    index_T = torch.arange(length)
+    index_T = torch.arange(length, device=subtree_end_T.device)
     keys, seen = [], []
     for first in range(0, length, QUERIES):
         query_Q = index_T[first : first + QUERIES]

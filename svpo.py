@@ -2,15 +2,15 @@
 
 What an objective learns is read off a searched tree as a `Lesson`: pairs of siblings, the
 likelihood of steps, and targets of V. `pack` lays the trees of some lessons out depth-first, each
-unique token once, so that one forward pass under `model.tree_mask` serves every loss (`score`).
+unique token once, so that one forward pass serves every loss (`score`); each token sees its own
+path alone (`model.tree_mask`).
 Each loss is then a function of a few vectors over the nodes and of index pairs (`loss_sums`).
 
 Authorities: SVPO summary = said by summaries of arXiv 2406.10858, whose equations and constants
 could not be read; AlphaMath = arXiv 2405.03553; our choice = everything else.
 
-Dimension key: B rows of a pack, T tokens of a row, X tokens of one flat line (all of a pack, B * T)
-or entries of one flat list, M sampled tokens, E nodes of a pack (a step and the prefix that it
-completes), P pairs, D width.
+Dimension key: T tokens of a pack, X entries of one flat list, M sampled tokens, E nodes of a pack
+(a step and the prefix that it completes), P pairs, D width.
 """
 
 import dataclasses
@@ -394,7 +394,7 @@ def score(
         end_T = torch.cat([end_T, len(end_T) + 1 + torch.arange(padding)])
         mask = block_mask(end_T.to(device)[None])
     else:
-        mask = path_mask(end_T)
+        mask = path_mask(end_T.to(device))
     token_1T = F.pad(packed.token_T, (0, padding)).to(device)[None]
     position_1T = F.pad(packed.position_T, (0, padding)).to(device)[None]
     logp_M, value_E = model(token_1T, position_1T, mask, read=read)

@@ -458,7 +458,7 @@ def check_memory(
             )
     needs = {one.name: sizes.weights + one.bytes(sizes) for one in searches}
     needs["loading"] = 4 * sizes.parameters * (1 + (1 / ranks if dist.is_initialized() else 0))
-    needs["training"] = state + sizes.activations(1, train.recompute)
+    needs["training"] = state + copy_bytes(sizes, run) + sizes.activations(1, train.recompute)
     phase = max(needs, key=needs.get)
     if needs[phase] > free:
         raise InputError(
@@ -466,6 +466,11 @@ def check_memory(
             f"ranks, and {free / 1e9:.1f} GB are free on {device}: use more GPUs, a smaller model, "
             "or for a search fewer --max-step-tokens and --tree-tokens (see --plan)"
         )
+
+
+def copy_bytes(sizes: Sizes, run: RunConfig) -> int:
+    """Bytes of the copy that `shard` makes to compute with."""
+    return 0 if dist.is_initialized() or run.dtype == "float32" else sizes.weights
 
 
 def searches_of(
@@ -590,6 +595,7 @@ def tokens_of_pass(job: Job, model: Llama) -> int:
     sizes = sizes_of(model.config, job.run)
     device = next(model.parameters()).device
     free = free_memory(device)
+    free += copy_bytes(sizes, job.run)  # it is there already
     room = pack_room(sizes, world_size(), job.run, job.train, free)
     if room < 1:
         raise InputError(

@@ -4,7 +4,8 @@
   one call of `generate`, which feeds each child's prefix again and copies a prompt before its first
   pass. A KV cache serves within the call, each sequence stops at its line break, and the values of
   leaves come free from the prompt pass. Budgets are equal. The random numbers differ, and so do the
-  trees. vLLM does the same with its own `generate` and its prefix cache; its V is 0.
+  trees. vLLM does the same with its own `generate` and its prefix cache. Its V is 0, and its steps
+  end at the first line break, also where that is their first token: its trees may be smaller.
 - Sampling: one solution of exactly as many tokens for each of 32 questions. We feed the prompt that
   they share once, the peer 32 times.
 - Training: one pass over the step pairs of searched trees, at learning rate 0, so that all sides
@@ -369,6 +370,7 @@ class VllmPeer(Peer):
         temperature: float,
         step: bool,
     ) -> tuple[list[list[int]], list[list[float]]]:
+        """As `Peer.generate`. Of prompt tokens, those that were not cached count as fed."""
         from vllm import SamplingParams
 
         words = SamplingParams(

@@ -4,9 +4,11 @@
                                      [--before CHECKOUT] [--count 4] [--alternations 3]
 
 The sides take turns, each in a process of its own; medians are printed. `packed` trains on the
-first `count` trees, each token once. `paths` trains on the path to each leaf, alone. C is the
-tokens of all these paths divided by those of the trees: what packing can save at most. `before` is
-`packed` in another checkout of this repository.
+likelihood of all steps of `count` trees, drawn from those with more than eight nodes, as SVPO's
+lessons keep them. `paths` trains on the path from the root to each leaf of these, alone. C is the
+tokens of the paths divided by those of the trees: what packing can save at most. `before` is
+`packed` in another checkout of this repository. A forward pass takes at most 4,096 tokens, or one
+tree.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--trees", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--before", help="another checkout")
-    parser.add_argument("--count", type=int, default=4, help="trees of a step")
+    parser.add_argument("--count", type=int, default=4, help="trees of a step, at most")
     parser.add_argument("--steps", type=int, default=3, help="steps of a measurement, and one more")
     parser.add_argument("--alternations", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -55,18 +57,19 @@ def measure(words) -> dict:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = load_model(words.model)
     trees = [tree for tree in read_trees(Path(words.trees)) if len(tree.nodes) > 8]
-    trees = random.Random(0).sample(trees, words.count)
-    losses = LossConfig("svpo")
+    trees = random.Random(0).sample(trees, min(words.count, len(trees)))
+    trees = [learn(tree, LossConfig("svpo")).tree for tree in trees]
     if words.side == "paths":
         trees = [path for tree in trees for path in leaf_paths(tree)]
-        losses = LossConfig("sft")
+    losses = LossConfig("sft", sft_weight=1.0)
     lessons = list(enumerate(learn(tree, losses) for tree in trees))
+    config = train.TrainConfig(pack_tokens=4096)
     computing = train.shard(model, words.dtype) or model
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     seconds = []
     for step in range(words.steps + 1):
         begin = time.perf_counter()
-        figures, _ = train.backward(computing, lessons, losses, train.TrainConfig(), 0, step)
+        figures, _ = train.backward(computing, lessons, losses, config, 0, step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -79,17 +82,14 @@ def measure(words) -> dict:
 
 
 def leaf_paths(tree) -> list:
-    """The path from the root to each leaf, as a tree without branches whose steps are all good."""
+    """The path from the root to each leaf, as a tree without branches."""
     from dataclasses import replace
 
     parents = {node.parent for node in tree.nodes}
     paths = []
     for leaf in set(range(1, len(tree.nodes))) - parents:
         steps = [0, *tree.path(leaf)]
-        nodes = [
-            replace(tree.nodes[index], parent=place - 1, q_value=1.0, visit_count=1)
-            for place, index in enumerate(steps)
-        ]
+        nodes = [replace(tree.nodes[index], parent=place - 1) for place, index in enumerate(steps)]
         paths.append(replace(tree, nodes=nodes))
     return paths
 
@@ -112,7 +112,7 @@ def main():
                     f"error: {side}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
                 )
             rows[side].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{words.count} trees, {words.dtype}, medians of {words.alternations}")
+    print(f"up to {words.count} trees, {words.dtype}, medians of {words.alternations}")
     packed = statistics.median(row["seconds"] for row in rows["packed"])
     for side, found in rows.items():
         seconds = statistics.median(row["seconds"] for row in found)

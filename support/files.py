@@ -102,8 +102,9 @@ def head_commit() -> str:
 def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **more):
     """Store the fields of the dataclasses in `configs`, or compare them with the stored ones.
 
-    Fields in `free` may differ, and those that do are printed. InputError names the fields that
-    differ and must not; `more` holds further entries, of which `questions` must not change either.
+    Fields in `free` may differ; those that do are printed and stored. InputError names the fields
+    that differ and must not; `more` holds further entries, of which `questions` must not change
+    either.
     """
     wanted = {type(config).__name__: dataclasses.asdict(config) for config in configs}
     if not file.exists() and write:
@@ -124,5 +125,6 @@ def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **m
         )
     if stored.get("questions", more.get("questions")) != more.get("questions"):
         raise InputError(f"{file} was created with different questions; choose a different --out")
-    if changed:
+    if changed and write:
+        write_json(file, {**stored, **wanted})
         print(f"{file}: from here on with {', '.join(changed)}")

@@ -146,10 +146,13 @@ def check_values(fields: dict[str, dataclasses.Field], values: dict):
 
 
 def fast_dtype(device: str) -> str:
-    """bfloat16 where a device has units that multiply in it: GPUs, CPUs with AMX or AVX512-BF16."""
-    if torch.device(device).type != "cpu":
-        return "bfloat16"
-    units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    """bfloat16 where a device has units for it: CUDA since Ampere, CPUs with AMX or AVX512-BF16."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        units = kind == "cpu" and (amx or avx)
     return "bfloat16" if units else "float32"
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 KEPT_FREE = 0.1  # of the memory of a GPU that is free: fragments, and what kernels work with
-HOST_SHARE = 0.5  # of the memory of the host that is free, over all ranks of the host
+# of the memory of the host that is free, over all ranks of the host; the rest is for what the plan
+# does not count, such as the keys that path attention gathers
+HOST_SHARE = 0.5
 
 
 def cached_token(config, width: int) -> int:
