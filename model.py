@@ -154,8 +154,9 @@ class Attention(nn.Module):
 
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask) -> Tensor:
         """Attention of tokens among themselves (B, T, H, K); plain causal without a mask."""
-        if isinstance(mask, PathMask):
-            return attend_paths(q_BTHK, k_BTGK, v_BTGK, mask)
+        if isinstance(mask, PathMask):  # the gathered keys are not kept for the backward pass
+            inputs = (q_BTHK, k_BTGK, v_BTGK, mask)
+            return checkpoint(attend_paths, *inputs, use_reentrant=False)
         q_BHTK = q_BTHK.transpose(1, 2)
         k_BGTK = k_BTGK.transpose(1, 2)
         v_BGTK = v_BTGK.transpose(1, 2)
