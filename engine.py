@@ -43,6 +43,7 @@ from tasks.grading import extract_answer
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 CODE_TOKENS = 128  # least --max-step-tokens for steps that hold code and its output
+SHORT_PREFIX = 64  # tokens: a shorter prefix is read in each row, which is one attention call less
 
 
 # --------------------------------------------------------------------------------------- what grows
@@ -150,8 +151,8 @@ class Room:
     """The room of the cache, in tokens."""
 
     rows: int  # searches at once
-    # of a row: the prompt (on a CPU without what all prompts share), the paths being extended and
-    # their new steps
+    # of a row: the prompt (without a prefix that is in no row), the paths being extended and their
+    # new steps
     slots: int
     store: int  # of a row: complete steps that may be extended again
     tokens: int  # of a search: its prompt and stored steps, at most
@@ -435,14 +436,15 @@ class Engine:
         self.waiting = waiting[::-1]  # the next one last
         prompts = [len(prompt) for _, prompt in waiting]
         room = reserve(prompts, demand, config, self.context, fit)
-        # tokens that all prompts begin with; on a CPU they are read once for all rows
+        # tokens that all prompts begin with; if they are many, a CPU reads them once for all rows
         self.prefix = common_prefix([prompt for _, prompt in waiting])
-        self.prefix_outside = len(self.prefix) if self.device.type == "cpu" else 0
+        outside = self.device.type == "cpu" and len(self.prefix) >= SHORT_PREFIX
+        self.prefix_outside = len(self.prefix) if outside else 0
         # one more slot that nobody reads, for dead lanes of static ticks
         room = replace(room, slots=room.slots - self.prefix_outside + self.static)
         most = max(1, min(rows, len(prompts)))
-        most = rows_of(room, demand, most, model, config.cache_tokens)
-        self.room = room = replace(room, rows=most)
+        rows = rows_of(room, demand, most, model, config.cache_tokens)
+        self.room = room = replace(room, rows=rows)
         self.cache = TreeCache(
             model.config, room.rows, room.slots, room.store, self.device, weight.dtype
         )
@@ -511,16 +513,19 @@ class Engine:
     # -------------------------------------------------------------------------------------- prompts
 
     def feed_prefix(self):
-        """Feed the prefix common to all prompts, and keep its keys and values."""
+        """Feed the prefix common to all prompts; its keys and values serve all searches."""
         if not self.prefix:
             return
         count = len(self.prefix)
-        kind = self.cache.slots_L2BSGK
-        memory = TreeCache(self.model.config, 1, count, 0, kind.device, kind.dtype)
+        slots_L2BSGK = self.cache.slots_L2BSGK
+        kind = (slots_L2BSGK.device, slots_L2BSGK.dtype)
+        memory = TreeCache(self.model.config, 1, count, 0, *kind)
         self.feed_prompts([0], [self.prefix], 0, memory)
-        self.prefix_L2PGK = memory.slots_L2BSGK[:, :, 0]
+        prefix_L2PGK = memory.slots_L2BSGK[:, :, 0]
         if self.prefix_outside:
-            self.cache.prefix_L2PGK = self.prefix_L2PGK
+            self.cache.prefix_L2PGK = prefix_L2PGK
+        else:  # nothing is ever written over it
+            slots_L2BSGK[:, :, :, :count] = prefix_L2PGK[:, :, None]
 
     def feed_prompts(
         self, rows: list[int], prompts: list[list[int]], begin: int, cache: TreeCache
@@ -548,11 +553,8 @@ class Engine:
         """Feed the prompts of the next questions together, and start their searches."""
         batch = [self.waiting.pop() for _ in free[: len(self.waiting)]]
         rows = free[: len(batch)]
-        prefix = len(self.prefix)
-        if prefix and not self.prefix_outside:
-            self.cache.slots_L2BSGK[:, :, rows, :prefix] = self.prefix_L2PGK[:, :, None]
         prompts = [prompt for _, prompt in batch]
-        hidden_RD = self.feed_prompts(rows, prompts, prefix, self.cache)
+        hidden_RD = self.feed_prompts(rows, prompts, len(self.prefix), self.cache)
         value_R = self.model.value(hidden_RD).tolist()
         for index, (question, prompt) in enumerate(batch):
             root = Node(tokens=prompt, value=value_R[index], path_tokens=len(prompt))

@@ -77,6 +77,7 @@ class PathMask(NamedTuple):
     key_X: Tensor  # indices of the keys of each block, block after block
     # (Q, S) of each block: True where the query may look at the key, or additive
     seen: list[Tensor]
+    keep: bool = False  # the gathered keys for the backward pass; else they are gathered again
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -154,8 +155,10 @@ class Attention(nn.Module):
 
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask) -> Tensor:
         """Attention of tokens among themselves (B, T, H, K); plain causal without a mask."""
-        if isinstance(mask, PathMask):  # the gathered keys are not kept for the backward pass
+        if isinstance(mask, PathMask):
             inputs = (q_BTHK, k_BTGK, v_BTGK, mask)
+            if mask.keep:
+                return attend_paths(*inputs)
             return checkpoint(attend_paths, *inputs, use_reentrant=False)
         q_BHTK = q_BTHK.transpose(1, 2)
         k_BGTK = k_BTGK.transpose(1, 2)
@@ -315,7 +318,8 @@ class Llama(nn.Module):
             mask = additive(mask, x_BTD.dtype)
         if isinstance(mask, PathMask):
             seen = [additive(seen_QS, x_BTD.dtype).repeat(shared, 1) for seen_QS in mask.seen]
-            mask = mask._replace(seen=seen)
+            # blocks that are recomputed as a whole need not gather a third time
+            mask = mask._replace(seen=seen, keep=self.model.layers[0].recompute)
         if cache is not None:
             mask = mask.repeat(1, 1, shared, 1)
         for layer in self.model.layers:

@@ -43,7 +43,7 @@ from data import (
 from engine import Demand, Engine, Node, load_source
 from eval import majority, samples
 from mcts import SearchConfig, mcts
-from model import Llama, load_model
+from model import Llama, LlamaConfig, load_model
 from support.flags import InputError, flag
 from support.hugging_face import find_folder
 from svpo import Lesson, LossConfig, learn, rescore
@@ -213,21 +213,25 @@ class Peer:
     def __init__(
         self, source: SourceConfig, model: Llama, tokenizer: StepTokenizer, config: BenchConfig
     ):
-        from transformers import AutoModelForCausalLM
-
         self.value_head = model.value_head
         model.model = None  # its memory is not the peer's
-        folder = find_folder(source.model)
-        dtype = getattr(torch, source.dtype)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self.model = peer.to(source.device).eval()
-        self.model.model.norm.register_forward_hook(self.read_values)
+        self.model = self.load(source, model.config)
         self.tokenizer = tokenizer
         self.config = config
         self.tables_V4 = tokenizer.tables_4V.T.tolist()
         self.sampled_tokens = 0
         self.fed_tokens = 0
         self.nodes = 0
+
+    def load(self, source: SourceConfig, shape: LlamaConfig):
+        """The peer's own copy of the model."""
+        from transformers import AutoModelForCausalLM
+
+        folder = find_folder(source.model)
+        dtype = getattr(torch, source.dtype)
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        peer.model.norm.register_forward_hook(self.read_values)
+        return peer.to(source.device).eval()
 
     def read_values(self, module, inputs, hidden_XTD: Tensor):
         """Read V at the end of each prompt. In the prompt pass it costs nothing."""
@@ -338,9 +342,7 @@ def prefix_tokens(leaf: Node) -> list[int]:
 class VllmPeer(Peer):
     """The same with vLLM's `generate`, which caches prefixes."""
 
-    def __init__(
-        self, source: SourceConfig, model: Llama, tokenizer: StepTokenizer, config: BenchConfig
-    ):
+    def load(self, source: SourceConfig, shape: LlamaConfig):
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GB
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -348,28 +350,15 @@ class VllmPeer(Peer):
             from vllm import LLM
         except ImportError as error:
             raise InputError(f"--vllm: {error} (pip install -r experiments/requirements-vllm.txt)")
-        context = min(4096, model.config.max_position_embeddings)
-        model.model = None  # its memory is not the peer's
-        self.model = LLM(
+        return LLM(
             str(find_folder(source.model)),
             dtype=source.dtype,
             enable_prefix_caching=True,
-            max_model_len=context,
+            max_model_len=min(4096, shape.max_position_embeddings),
             seed=source.seed,
         )
-        self.tokenizer = tokenizer
-        self.config = config
-        self.tables_V4 = tokenizer.tables_4V.T.tolist()
-        self.sampled_tokens = self.fed_tokens = self.nodes = 0
 
-    def generate(
-        self,
-        prefixes: list[list[int]],
-        copies: int,
-        new_tokens: int,
-        temperature: float,
-        step: bool,
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def generate(self, prefixes, copies, new_tokens, temperature, step):
         """As `Peer.generate`. Of prompt tokens, those that were not cached count as fed."""
         from vllm import SamplingParams
 

@@ -99,6 +99,9 @@ def main():
     if words.side:
         print(json.dumps(measure(words)))
         return
+    sys.path.insert(0, words.root)  # not before: `measure` takes the modules of another checkout
+    from experiments.bench import last_line
+
     sides = {"packed": words.root, "paths": words.root}
     if words.before:
         sides["before"] = words.before
@@ -108,10 +111,8 @@ def main():
             command = [sys.executable, HERE, *sys.argv[1:], "--side", side, "--root", root]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(
-                    f"error: {side}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-                )
-            rows[side].append(json.loads(done.stdout.splitlines()[-1]))
+                sys.exit(f"error: {side}: {last_line(done.stderr)}")
+            rows[side].append(json.loads(last_line(done.stdout)))
     print(f"up to {words.count} trees, {words.dtype}, medians of {words.alternations}")
     packed = statistics.median(row["seconds"] for row in rows["packed"])
     for side, found in rows.items():

@@ -187,7 +187,8 @@ def test_a_field_of_config_json(tmp_path, untouched, changes):
     length = min(24, config.max_position_embeddings)
     with torch.no_grad():
         ours = load_model(tmp_path / "model")(TOKEN_BT[:, :length])[0][0]
-    torch.testing.assert_close(ours, theirs[:length], atol=1e-4, rtol=1e-3)
+    wide = config.hidden_size > 1000  # longer sums are rounded more on some machines
+    torch.testing.assert_close(ours, theirs[:length], atol=1e-3 if wide else 1e-4, rtol=0)
     if length == 24:
         torch.testing.assert_close(ours[-1], theirs[-1], atol=1e-4, rtol=0)
     kinds = getattr(twin.config, "layer_types", None) or ["sliding_attention"]

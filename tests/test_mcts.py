@@ -403,6 +403,23 @@ def test_nothing_is_fed_twice(model, tokenizer, engines):
     assert len(engines) == 2
 
 
+def test_a_prefix_in_no_row_is_the_prefix_of_every_row(model, tokenizer, engines, monkeypatch):
+    """Catches a common prefix that other tokens than its own follow: wrong weights of its share,
+    slots, positions or masks."""
+    few_shot = StepTokenizer(tokenizer.tokenizer, [0], "1+1\n1+1=2 #### 2\n{question}\n")
+    found = []
+    for shortest in (1, 1000):
+        monkeypatch.setattr("engine.SHORT_PREFIX", shortest)
+        trees = search_trees(model, few_shot, QUESTIONS, CONFIG)
+        found.append({tree.id: tree.nodes for tree in trees})
+    assert engines[0].prefix_outside > 5 and engines[1].prefix_outside == 0
+    for name, nodes in found[0].items():
+        assert [node.tokens for node in nodes] == [node.tokens for node in found[1][name]]
+        for figure in ("logp", "value"):
+            wanted = [getattr(node, figure) for node in found[1][name]]
+            assert [getattr(node, figure) for node in nodes] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_samples_do_not_depend_on_the_neighbours(model, tokenizer):
     """Catches trees that change with the number of rows or with the questions searched beside
     them."""

@@ -102,7 +102,7 @@ def test_two_ranks_equal_one_process(finished, tmp_path, stage):
     theirs = log(finished, stage)
     assert len(ours) == len(theirs) >= 6
     for one, two in zip(ours, theirs):
-        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+        assert one == pytest.approx(two, rel=1e-5, abs=3e-6)
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
     same(weights(tmp_path, stage), weights(finished, stage), 1e-5)
 

@@ -373,10 +373,10 @@ def block_mask_BTT(end_BT):
 def path_mask_TT(end_T):
     """The mask of a PathMask, written out for every pair of tokens."""
     seen_TT = torch.zeros(len(end_T), len(end_T), dtype=torch.bool)
-    key_X, seen = path_mask(end_T)
-    keys = key_X.split([seen_QS.shape[1] for seen_QS in seen])
+    mask = path_mask(end_T)
+    keys = mask.key_X.split([seen_QS.shape[1] for seen_QS in mask.seen])
     first = 0
-    for key_S, seen_QS in zip(keys, seen):
+    for key_S, seen_QS in zip(keys, mask.seen):
         seen_TT[first : first + len(seen_QS), key_S] = seen_QS
         first += len(seen_QS)
     assert first == len(end_T)
