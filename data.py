@@ -75,6 +75,7 @@ class StepFormat:
 LINES = StepFormat("\n")
 PARAGRAPHS = StepFormat("\n\n")
 XML = StepFormat("</step>", split_xml)
+IN_CACHE = 2**18  # logits that a CPU samples from at once: 1 MB in float32
 STEP_FORMATS = {"lines": LINES, "paragraphs": PARAGRAPHS, "xml": XML}  # the values of --steps
 
 
@@ -539,8 +540,15 @@ class StepTokenizer:
 
         The cumulative distribution is inverted at `uniform_X` in [0, 1); at temperature 0 the
         likeliest token is taken. Ids that the tokenizer does not have are never sampled, but stay
-        in the normaliser of the log-probabilities.
+        in the normaliser of the log-probabilities. On a CPU a few rows are worked on at a time, so
+        that what is computed of them stays in the cache.
         """
+        rows = max(1, IN_CACHE // logits_XV.shape[1])
+        if logits_XV.is_cpu and len(logits_XV) > rows:
+            parts = zip(logits_XV.split(rows), uniform_X.split(rows))
+            drawn = [self.draw(*part, temperature) for part in parts]
+            return tuple(torch.cat(found) for found in zip(*drawn))
+        logits_XV = logits_XV.float()
         known_XV = logits_XV[:, : self.tables_4V.shape[1]]
         if temperature == 0:
             token_X = known_XV.argmax(dim=-1)

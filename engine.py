@@ -17,11 +17,13 @@ its store), C tokens of a step, P tokens of the common prefix, L layers, D width
 H query heads, G key/value heads, K head width.
 """
 
+import heapq
 import itertools
 import math
 import os
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -69,6 +71,7 @@ class Node:
     visit_count: int = 0  # N
     value_sum: float = 0.0  # W
     closed: bool = False  # nothing below is left to select
+    in_flight: int = 0  # leaves below, or this one, whose children are being sampled
     text: str = ""
     sampled: list[bool] = field(default_factory=list)  # which tokens the model wrote; empty: all
     path_tokens: int = 0  # tokens of the prompt and of all steps down to this one
@@ -117,6 +120,9 @@ class Demand:
     # only children of the newest request are extended again: all other steps are forgotten, so that
     # the store holds no more than the paths
     moves_on: bool = False
+    # requests that are answered at once. With more than one, a search receives None while lanes are
+    # free and it may ask again; it yields an empty list to wait
+    in_flight: int = 1
 
     def __post_init__(self):
         if min(self.lanes, self.expansions, self.paths, self.steps_per_lane) < 1:
@@ -131,6 +137,21 @@ class State(NamedTuple):
 
 
 @dataclass(eq=False)
+class Request:
+    """Nodes that a search has asked to extend."""
+
+    parents: list[Node]
+    children: list[Node | None]  # the complete ones, in their parents' order
+    slots: dict[Node, list[int]]  # those of each node on the parents' paths
+    step_slots: list[list[int]] = field(default_factory=list)  # those of each complete child
+
+    @property
+    def missing(self) -> int:
+        """How many children are not complete."""
+        return self.children.count(None)
+
+
+@dataclass(eq=False)
 class Search:
     """A search that runs in a row of the cache."""
 
@@ -140,7 +161,9 @@ class Search:
     rng: np.random.Generator  # of its samples
     states: dict[Node, State]
     stored: int = 0  # tokens in the row's store
-    children: list[Node | None] = field(default_factory=list)  # complete ones, by lane
+    requests: list[Request] = field(default_factory=list)  # in flight
+    # steps of these that wait for a lane: the request, and which of its children
+    queue: deque[tuple[Request, int]] = field(default_factory=deque)
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -152,7 +175,7 @@ class Room:
 
     rows: int  # searches at once
     # of a row: the prompt (without a prefix that is in no row), the paths being extended and their
-    # new steps
+    # new steps, for each request in flight
     slots: int
     store: int  # of a row: complete steps that may be extended again
     tokens: int  # of a search: its prompt and stored steps, at most
@@ -182,7 +205,7 @@ def reserve(prompts: list[int], demand: Demand, config, context: int, fit: bool)
         behind_prompt = demand.lanes * path
         whole_tree = 0
     else:
-        behind_prompt = demand.paths * path + new_steps
+        behind_prompt = demand.in_flight * (demand.paths * path + new_steps)
         whole_tree = behind_prompt if demand.moves_on else demand.expansions * new_steps
     fit |= demand.moves_on
     tokens = longest_prompt + whole_tree if fit else config.tree_tokens
@@ -297,10 +320,9 @@ class TreeCache:
         step = slice(place, place + len(slot_C))
         self.store_L2BSGK[:, :, row, step] = self.slots_L2BSGK[:, :, row, slot_C]
 
-    def fetch(self, row: int, place_X: Tensor, slot: int):
-        """Copy tokens from these places of a row's store to its slots, from `slot` on."""
-        slots = slice(slot, slot + len(place_X))
-        self.slots_L2BSGK[:, :, row, slots] = self.store_L2BSGK[:, :, row, place_X]
+    def fetch(self, row: int, place_X: Tensor, slot_X: Tensor):
+        """Copy tokens from these places of a row's store to these of its slots."""
+        self.slots_L2BSGK[:, :, row, slot_X] = self.store_L2BSGK[:, :, row, place_X]
 
 
 # ------------------------------------------------------------------------------------------- a tick
@@ -342,7 +364,7 @@ class Tick:
 
         `uniform_X` are random numbers; a token of `given_X` that is not -1 is fed instead.
         """
-        logits_XV = self.model.logits(self.hidden_WD[lane_X]).float()
+        logits_XV = self.model.logits(self.hidden_WD[lane_X])
         token_X, logp_X = self.tokenizer.draw(logits_XV, uniform_X, self.temperature)
         token_X = torch.where(given_X < 0, token_X, given_X)
         row_X = lane_X // self.lanes
@@ -361,6 +383,8 @@ class Lane:
     row: int
     column: int
     live: bool = False
+    request: Request | None = None
+    place: int = 0  # of the step among the request's children
     parent: Node | None = None  # the node that it extends
     uniform: list[float] = field(default_factory=list)  # random numbers, one for each token
     tokens: list[int] = field(default_factory=list)
@@ -451,15 +475,15 @@ class Engine:
         self.searches: list[Search | None] = [None] * room.rows
         places = itertools.product(range(room.rows), range(demand.lanes))
         self.lanes = [Lane(number, *place) for number, place in enumerate(places)]
-        self.next_slot = [0] * room.rows  # the first free slot of each row
+        self.free_slots = [[] for _ in range(room.rows)]  # of each row, as heaps
+        self.end_slot = [0] * room.rows  # behind the last slot of each row that was in use lately
         # which slots each lane sees; one at least, since attention to nothing computes NaN
         self.mask_BNS = np.zeros((room.rows, demand.lanes, room.slots), dtype=bool)
         self.mask_BNS[:, :, 0] = True
         self.tick = Tick(model, tokenizer, self.cache, demand.lanes, demand.temperature)
         self.device_tick = Graphed(self.tick, self.tick.hidden_WD) if self.static else self.tick
         self.sampled_tokens = self.fed_tokens = self.steps = 0
-        self.graded = 0  # questions whose trees hold outcomes
-        self.solved = 0  # of these, questions with a right answer
+        self.graded = self.solved = 0  # questions with outcomes; of these, with a right answer
 
     def encode_prompts(self, questions: list[Question]) -> list[tuple[Question, list[int]]]:
         """Each question with its prompt; InputError if there is no room for a step beside it."""
@@ -507,8 +531,7 @@ class Engine:
             if any(lane.live for lane in self.lanes):
                 self.decode()
                 for row in self.finish_steps():
-                    complete = [child for child in self.searches[row].children if child]
-                    yield from self.advance(row, complete)
+                    yield from self.advance(row)
 
     # -------------------------------------------------------------------------------------- prompts
 
@@ -562,40 +585,69 @@ class Engine:
             states = {root: State(hidden_RD[index], 0)}
             search = Search(question, root, start(question, root), rng, states)
             self.searches[rows[index]] = search
-            yield from self.advance(rows[index], None)
+            self.empty_slots(rows[index])
+            yield from self.advance(rows[index])
 
     # ------------------------------------------------------------------------------------- searches
 
-    def advance(self, row: int, children: list[Node] | None):
-        """Hand the complete children to a row's search, None to start it.
+    def advance(self, row: int):
+        """Hand a row's search the children that are complete, and keep its lanes busy.
 
-        Then start the steps that it asks for; if it ends, yield its result and free the row.
+        A free lane takes the next step of a request, or the search may ask for more. If the search
+        ends, yield its result and free the row.
         """
         search = self.searches[row]
         try:
-            parents = search.generator.send(children)
-            self.check_demand(parents)
-            while not self.has_room(search, parents):
-                parents = search.generator.send([])
-                self.check_demand(parents)
+            for request in [request for request in search.requests if not request.missing]:
+                self.end_request(row, request)
+                self.ask(row, request.children)
+            for lane in self.lanes_of(row):
+                if lane.live:
+                    continue
+                if not search.queue and len(search.requests) < self.demand.in_flight:
+                    self.ask(row, None)
+                if not search.queue:  # it waits
+                    break
+                self.start_step(lane, *search.queue.popleft())
         except StopIteration as end:
             self.searches[row] = None
-            self.next_slot[row] = 0  # its slots need not be read any more
+            self.end_slot[row] = 0  # its slots need not be read any more
             yield search.question, search.root, end.value
-            return
-        self.load_paths(row, parents)
-        search.children = [None] * self.demand.lanes
-        for lane, parent in zip(self.lanes_of(row), parents):
-            self.tick.hidden_WD[lane.number] = search.states[parent].hidden_D
-            lane.start(parent, search.rng.random(self.step_tokens))
 
-    def check_demand(self, parents: list[Node]):
+    def ask(self, row: int, children: list[Node] | None):
+        """Let a search go on with complete children, or None, and take up what it asks for."""
+        search = self.searches[row]
+        parents = search.generator.send(children)
+        while parents and not self.has_room(search, parents):
+            parents = search.generator.send([])
+        self.check_demand(search, parents)
+        if parents:
+            slots = self.load_paths(row, parents)
+            request = Request(parents, [None] * len(parents), slots)
+            search.requests.append(request)
+            search.queue += [(request, place) for place in range(len(parents))]
+
+    def start_step(self, lane: Lane, request: Request, place: int):
+        """Begin a step of a request in a lane, which sees the prompt and its parent's path."""
+        search = self.searches[lane.row]
+        parent = request.parents[place]
+        seen_S = self.mask_BNS[lane.row, lane.column]
+        seen_S[:] = False
+        seen_S[: self.prompt_slots(search)] = True
+        for node in parent.path():
+            seen_S[request.slots[node]] = True
+        lane.request, lane.place = request, place
+        self.tick.hidden_WD[lane.number] = search.states[parent].hidden_D
+        lane.start(parent, search.rng.random(self.step_tokens))
+
+    def check_demand(self, search: Search, parents: list[Node]):
         """Reject a request that its Demand does not allow; this is a bug in the search."""
         demand = self.demand
         distinct = len(set(parents))
         terminal = sum(node.ending is not None for node in parents)
-        fits = 0 < len(parents) <= demand.lanes and distinct <= demand.paths
-        if not fits or terminal:
+        fits = (parents or search.requests) and len(parents) <= demand.lanes
+        fits = fits and len(search.requests) + bool(parents) <= demand.in_flight
+        if not fits or distinct > demand.paths or terminal:
             raise ValueError(
                 f"a search asked to extend {len(parents)} nodes, {distinct} of them distinct and "
                 f"{terminal} terminal; its Demand allows {demand.lanes} lanes, {demand.paths} "
@@ -606,50 +658,62 @@ class Engine:
         """Whether the store of a row can take a new step of each of these nodes."""
         if self.demand.steps_per_lane > 1 or self.demand.moves_on:  # `reserve` has seen to it
             return True
-        new = len(parents) * self.step_tokens
+        steps = len(parents) + sum(request.missing for request in search.requests)
+        new = steps * self.step_tokens
         return search.stored + new <= self.room.for_steps(len(search.root.tokens))
 
-    def load_paths(self, row: int, parents: list[Node]):
-        """Copy the paths of the nodes to extend into a row's slots, behind the prompt."""
+    def empty_slots(self, row: int):
+        """Free all slots of a row behind its prompt."""
+        prompt = self.prompt_slots(self.searches[row])
+        self.free_slots[row] = list(range(prompt, self.room.slots - self.static))
+        self.end_slot[row] = prompt
+
+    def take_slot(self, row: int) -> int:
+        """The first free slot of a row."""
+        slot = heapq.heappop(self.free_slots[row])
+        self.end_slot[row] = max(self.end_slot[row], slot + 1)
+        return slot
+
+    def load_paths(self, row: int, parents: list[Node]) -> dict[Node, list[int]]:
+        """Copy the paths of the nodes to extend into a row's slots; returns the slots of each."""
         search = self.searches[row]
-        prompt = self.prompt_slots(search)
-        paths = [parent.path() for parent in parents]
-        slots = {}  # node -> its slots; nodes that paths share are copied once
+        slots = {}  # nodes that paths share are copied once
         places = []
-        end = prompt
-        for node in [node for path in paths for node in path]:
+        for node in [node for parent in parents for node in parent.path()]:
             if node not in slots:
-                count = len(node.tokens)
-                slots[node] = slice(end, end + count)
-                end += count
+                slots[node] = [self.take_slot(row) for _ in node.tokens]
                 place = search.states[node].place
-                places.append(np.arange(place, place + count))
+                places.append(np.arange(place, place + len(node.tokens)))
         if places:
-            self.cache.fetch(row, self.to_device(np.concatenate(places)), prompt)
-        self.mask_BNS[row] = False
-        self.mask_BNS[row, :, :prompt] = True
-        for column, path in enumerate(paths):
-            for node in path:
-                self.mask_BNS[row, column, slots[node]] = True
-        self.next_slot[row] = end
+            slot_X = np.concatenate(list(slots.values()))
+            self.cache.fetch(row, self.to_device(np.concatenate(places)), self.to_device(slot_X))
         if self.demand.moves_on:
             self.forget_others(search, row, slots)
+        return slots
+
+    def end_request(self, row: int, request: Request):
+        """Free the slots of a request whose children are complete."""
+        search = self.searches[row]
+        search.requests.remove(request)
+        if not search.requests:
+            self.empty_slots(row)
+            return
+        for slot in itertools.chain(*request.slots.values(), *request.step_slots):
+            heapq.heappush(self.free_slots[row], slot)
 
     def prompt_slots(self, search: Search) -> int:
         """How many slots of its row a search's prompt takes."""
         return len(search.root.tokens) - self.prefix_outside
 
-    def forget_others(self, search: Search, row: int, slots: dict[Node, slice]):
+    def forget_others(self, search: Search, row: int, slots: dict[Node, list[int]]):
         """Keep only the nodes whose tokens lie in these slots, at the beginning of the store."""
-        prompt = self.prompt_slots(search)
         kept = {search.root: search.states[search.root]}
+        search.stored = 0
         for node, where in slots.items():
-            place = where.start - prompt
-            slot_C = torch.arange(where.start, where.stop, device=self.device)
-            self.cache.put_away(row, slot_C, place)
-            kept[node] = State(search.states[node].hidden_D, place)
+            self.cache.put_away(row, self.to_device(np.array(where)), search.stored)
+            kept[node] = State(search.states[node].hidden_D, search.stored)
+            search.stored += len(where)
         search.states = kept
-        search.stored = sum(len(node.tokens) for node in slots)
 
     # --------------------------------------------------------------------------------------- a tick
 
@@ -662,9 +726,8 @@ class Engine:
         """Sample the next token of every live lane, feed it, and see whether it ends the step."""
         live = [lane for lane in self.lanes if lane.live]
         for lane in live:
-            lane.slots.append(self.next_slot[lane.row])
+            lane.slots.append(self.take_slot(lane.row))
             lane.position += 1
-            self.next_slot[lane.row] += 1
             self.sampled_tokens += not lane.given
         self.fed_tokens += len(live)
         token_X, logp_X, value_X = self.sample_and_feed(live).tolist()
@@ -698,7 +761,7 @@ class Engine:
     def slots_to_read(self) -> int:
         """How many slots of each row a pass reads: whole blocks, so that there are few lengths."""
         block = 256 if self.static else 64
-        blocks = math.ceil(max(self.next_slot) / block)
+        blocks = math.ceil(max(self.end_slot) / block)
         return min(self.room.slots, blocks * block)
 
     def mark_endings(self, live: list[Lane]):
@@ -759,22 +822,23 @@ class Engine:
     # ------------------------------------------------------------------------------- complete steps
 
     def finish_steps(self) -> list[int]:
-        """Make nodes of the steps that have ended; returns the rows that wait for no other step."""
+        """Make nodes of the steps that have ended; returns the rows where a lane became free."""
         ended = [lane for lane in self.lanes if lane.live and lane.ending]
         self.steps += len(ended)
+        rows = set()
         for lane in ended:
-            lane.live = False
-            search = self.searches[lane.row]
             node = self.make_node(lane)
             if node.ending is None and node.depth < self.demand.steps_per_lane:
                 # its hidden state is in the lane already
-                lane.start(node, search.rng.random(self.step_tokens))
+                lane.start(node, self.searches[lane.row].rng.random(self.step_tokens))
                 continue
             if node.ending is None and self.demand.steps_per_lane == 1:
                 self.keep_step(lane, node)
-            search.children[lane.column] = node
-        rows = sorted({lane.row for lane in ended})
-        return [row for row in rows if not any(lane.live for lane in self.lanes_of(row))]
+            lane.live = False
+            lane.request.children[lane.place] = node
+            lane.request.step_slots.append(lane.slots)
+            rows.add(lane.row)
+        return sorted(rows)
 
     def make_node(self, lane: Lane) -> Node:
         """The step that has ended in a lane, as a child of the node that it extends."""

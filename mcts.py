@@ -58,6 +58,11 @@ class SearchConfig:
         "temperature of sampling (tau); AlphaMath: 0.6 in round 1, then 1.0",
         least=0,
     )
+    in_flight: int = flag(
+        1,
+        "expansions of a tree at once: more keep the lanes busy, but choose leaves knowing less",
+        least=1,
+    )
     leaf_value: bool = flag(True, "back up V of each expanded leaf; without it outcomes alone")
     max_tokens: int = flag(
         0, "tokens of a prompt and its solution, at most; 0: the model's context", least=0
@@ -77,15 +82,29 @@ def mcts(
     """Grow a tree below `root` (AlphaMath section 3.2).
 
     `outcome(node)` is the reward of a terminal node, +1 or -1. Returns the number of effective
-    simulations and why the search stopped.
+    simulations and why the search stopped. The engine may ask for the next expansion before the
+    children of the last one are complete, at most `config.in_flight` at once.
     """
-    for simulation in range(config.simulations):
-        leaf = select(root, config.c_puct, rng)
-        if leaf is None:
-            return simulation, "exhausted"
-        children = yield [leaf] * config.expand_width
+    asked = simulations = 0
+    most, why = config.simulations, "simulations"
+    while True:
+        leaf = select(root, config.c_puct, rng) if asked < most else None
+        if not leaf and asked == simulations:  # nothing is left to ask for or to wait for
+            return simulations, why if asked == most else "exhausted"
+        if leaf:
+            asked += 1
+            fly(leaf, 1)
+        children = yield [leaf] * config.expand_width if leaf else []
+        if children is None:  # none are complete, but more may be asked for
+            continue
         if not children:
-            return simulation, "room"
+            fly(leaf, -1)
+            asked -= 1
+            most, why = asked, "room"
+            continue
+        simulations += 1
+        leaf = children[0].parent
+        fly(leaf, -1)
         expand(leaf, children, config.max_depth)
         for child in leaf.children:
             if child.ending:
@@ -93,17 +112,16 @@ def mcts(
                 backup(child, child.reward)
         if config.leaf_value:
             backup(leaf, leaf.value)
-    return config.simulations, "simulations"
 
 
 def select(root: Node, c_puct: float, rng: random.Random) -> Node | None:
-    """Walk down by PUCT to a node without children, never to a terminal one.
+    """Walk down by PUCT to a node without children, never to a terminal one, nor to one in flight.
 
     A node whose children are all terminal or closed is closed, and the walk starts again; the
-    official code ends the search there. None if the whole tree is exhausted.
+    official code ends the search there. None if the whole tree is exhausted or in flight.
     """
     node = root
-    while not root.closed:
+    while not root.closed and not busy(root):
         if not node.children:
             return node
         open_children = [child for child in node.children if not child.ending and not child.closed]
@@ -111,17 +129,36 @@ def select(root: Node, c_puct: float, rng: random.Random) -> Node | None:
             node.closed = True
             node = root
             continue
-        scores = [puct(child, c_puct) for child in open_children]
+        free = [child for child in open_children if not busy(child)]
+        scores = [puct(child, c_puct) for child in free]
         highest = max(scores)
-        best = [child for child, score in zip(open_children, scores) if score == highest]
+        best = [child for child, score in zip(free, scores) if score == highest]
         node = rng.choice(best)
     return None
 
 
 def puct(child: Node, c_puct: float) -> float:
-    """Selection score (AlphaMath eq. 4): Q + c_puct * prior * sqrt(N_parent) / (1 + N)."""
-    exploration = child.prior * math.sqrt(child.parent.visit_count) / (1 + child.visit_count)
+    """Selection score (AlphaMath eq. 4): Q + c_puct * prior * sqrt(N_parent) / (1 + N).
+
+    Here, but not in Q, N counts the expansions in flight as visits (WU-UCT, arXiv 1810.11755).
+    """
+    visits = child.visit_count + child.in_flight
+    parent_visits = child.parent.visit_count + child.parent.in_flight
+    exploration = child.prior * math.sqrt(parent_visits) / (1 + visits)
     return child.q_value + c_puct * exploration
+
+
+def busy(node: Node) -> bool:
+    """Whether all leaves below a node that may be selected, or the leaf itself, are in flight."""
+    open_children = [child for child in node.children if not child.ending and not child.closed]
+    return node.in_flight > 0 and all(busy(child) for child in open_children)
+
+
+def fly(node: Node | None, change: int):
+    """Count a leaf whose children are being sampled (`change` 1), or no longer (-1)."""
+    while node:
+        node.in_flight += change
+        node = node.parent
 
 
 def expand(leaf: Node, children: list[Node], max_depth: int):
@@ -169,6 +206,12 @@ def to_tree(question: Question, root: Node, simulations: int, stopped: str) -> T
     return Tree(question.id, question.text, question.answer, nodes, simulations, stopped)
 
 
+def demand_of(config: SearchConfig) -> Demand:
+    """What `mcts` may ask of the engine."""
+    width, temperature = config.expand_width, config.search_temperature
+    return Demand(width, temperature, config.simulations, in_flight=config.in_flight)
+
+
 def search_trees(
     model: Llama,
     tokenizer: StepTokenizer,
@@ -181,7 +224,7 @@ def search_trees(
 
     Questions that do not fit raise InputError at once, before the first tree is asked for.
     """
-    demand = Demand(config.expand_width, config.search_temperature, config.simulations)
+    demand = demand_of(config)
     engine = Engine(model, tokenizer, questions, demand, config, config.search_rows, seed)
 
     def start(question: Question, root: Node):

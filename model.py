@@ -46,6 +46,7 @@ from support.hugging_face import (
 LOGITS = 2**24  # logits computed at once while training: 64 MB in float32
 TILE = 128  # tokens of a block of flex_attention
 QUERIES = 128  # tokens of a block of a PathMask
+GATHERED = 3  # keys that a PathMask gathers for each token; more are not kept for the backward pass
 
 
 @dataclass
@@ -319,7 +320,8 @@ class Llama(nn.Module):
         if isinstance(mask, PathMask):
             seen = [additive(seen_QS, x_BTD.dtype).repeat(shared, 1) for seen_QS in mask.seen]
             # blocks that are recomputed as a whole need not gather a third time
-            mask = mask._replace(seen=seen, keep=self.model.layers[0].recompute)
+            keep = self.model.layers[0].recompute or len(mask.key_X) <= GATHERED * x_BTD.shape[1]
+            mask = mask._replace(seen=seen, keep=keep)
         if cache is not None:
             mask = mask.repeat(1, 1, shared, 1)
         for layer in self.model.layers:
@@ -420,12 +422,13 @@ def block_mask(subtree_end_BT: Tensor) -> BlockMask:
     )
 
 
-def path_mask(subtree_end_T: Tensor) -> PathMask:
+def path_mask(subtree_end_T: Tensor, block: int = 1) -> PathMask:
     """The same, for a line of T tokens, as blocks of queries with the keys that some of them see.
 
     Depth-first, the queries of a block lie close together in the tree and share most of their
     path. A key before the block's end is seen by some of them if its subtree ends behind the
-    block's first query, and only the seen keys are computed with.
+    block's first query, and only the seen keys are computed with. `block` pads their number to its
+    multiples with keys that nobody sees.
     """
     length = len(subtree_end_T)
     index_T = torch.arange(length, device=subtree_end_T.device)
@@ -433,9 +436,11 @@ def path_mask(subtree_end_T: Tensor) -> PathMask:
     for first in range(0, length, QUERIES):
         query_Q = index_T[first : first + QUERIES]
         key_S = index_T[: first + QUERIES][subtree_end_T[: first + QUERIES] > first]
-        keys.append(key_S)
         query_Q1 = query_Q[:, None]
-        seen.append((key_S <= query_Q1) & (query_Q1 < subtree_end_T[key_S]))
+        seen_QS = (key_S <= query_Q1) & (query_Q1 < subtree_end_T[key_S])
+        padding = (0, -len(key_S) % block)
+        keys.append(F.pad(key_S, padding))
+        seen.append(F.pad(seen_QS, padding))
     return PathMask(torch.cat(keys), seen)
 
 

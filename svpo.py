@@ -375,28 +375,34 @@ def score(
     One forward pass over a pack. The tokens are those of the `needed_E` nodes if these are given.
     `dropout_ED` is multiplied with the hidden states that values are read from.
     """
-    device = next(model.parameters()).device
+    weight = model.output_weight()
+    device = weight.device
     chosen = slice(None) if needed_E is None else needed_E[packed.node_M]
-    token_M = packed.token_T[packed.target_M][chosen].to(device)
-    predictor_M = packed.predictor_M[chosen].to(device)
+    token_M = packed.token_T[packed.target_M][chosen]
+    predictor_M = packed.predictor_M[chosen]
     node_M = packed.node_M[chosen].to(device)
     last_E = packed.last_E.to(device)
+    # flex_attention needs whole blocks, and CPUs compile bfloat16 kernels for each new length, at
+    # 8 ms and half a megabyte for each product of matrices
+    block = 1 if device.type == "cpu" and weight.dtype == torch.float32 else TILE
+    line = -len(packed.token_T) % block
+    spare = -len(token_M) % block
+
+    def padded(index_X, count):
+        return F.pad(index_X, (0, count)).to(device)
 
     def read(hidden_1TD):
         hidden_TD = hidden_1TD[0]
-        logp_M = token_logp(hidden_TD[predictor_M], model.output_weight(), token_M)
-        return logp_M, model.value(hidden_TD[last_E], dropout_ED)
+        hidden_MD = hidden_TD[padded(predictor_M, spare)]
+        logp_M = token_logp(hidden_MD, model.output_weight(), padded(token_M, spare))
+        return logp_M[: len(token_M)], model.value(hidden_TD[last_E], dropout_ED)
 
     end_T = packed.subtree_end_T
-    padding = 0
-    if device.type == "cuda":  # whole blocks of flex_attention; padding sees only itself
-        padding = -len(end_T) % TILE
-        end_T = torch.cat([end_T, len(end_T) + 1 + torch.arange(padding)])
-        mask = block_mask(end_T.to(device)[None])
-    else:
-        mask = path_mask(end_T.to(device))
-    token_1T = F.pad(packed.token_T, (0, padding)).to(device)[None]
-    position_1T = F.pad(packed.position_T, (0, padding)).to(device)[None]
+    alone_T = len(end_T) + 1 + torch.arange(line)  # padding sees only itself
+    end_T = torch.cat([end_T, alone_T]).to(device)
+    mask = block_mask(end_T[None]) if device.type == "cuda" else path_mask(end_T, block)
+    token_1T = padded(packed.token_T, line)[None]
+    position_1T = padded(packed.position_T, line)[None]
     logp_M, value_E = model(token_1T, position_1T, mask, read=read)
     return logp_M, value_E, node_M
 

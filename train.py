@@ -55,7 +55,7 @@ from data import (
 )
 from engine import Demand, Engine, Node, context_of, reserve
 from eval import AnswerConfig, answer_questions, grow_judged, parse_strategy, sibling_accuracy
-from mcts import MEMORY_ONLY, SearchConfig, backup, search_trees, to_tree
+from mcts import MEMORY_ONLY, SearchConfig, backup, demand_of, search_trees, to_tree
 from model import (
     LOGITS,
     Llama,
@@ -478,8 +478,7 @@ def searches_of(
 ) -> list[Searching]:
     """What the search and each strategy of the table need of the memory, for these prompts."""
     context = context_of(shape, search)
-    tree = Demand(search.expand_width, search.search_temperature, search.simulations)
-    demands = [("search", tree, search.search_rows, False)]
+    demands = [("search", demand_of(search), search.search_rows, False)]
     for name in TABLE:
         demand = parse_strategy(name, search, answering).demand
         demands.append((name, demand, max(1, answering.answer_lanes // demand.lanes), True))

@@ -42,7 +42,7 @@ from data import (
 )
 from engine import Demand, Engine, Node, load_source
 from eval import majority, samples
-from mcts import SearchConfig, mcts
+from mcts import SearchConfig, demand_of, mcts
 from model import Llama, LlamaConfig, load_model
 from support.flags import InputError, flag
 from support.hugging_face import find_folder
@@ -124,7 +124,7 @@ def search_ours(
     begin = time.perf_counter()
     ticks = 0
     with watch or contextlib.nullcontext():
-        demand = Demand(search.expand_width, search.search_temperature, search.simulations)
+        demand = demand_of(search)
         engine = Engine(model, tokenizer, questions, demand, search, config.live, source.seed)
         decode = engine.decode
 

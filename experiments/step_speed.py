@@ -49,9 +49,12 @@ def measure(words) -> dict:
     import train
     from data import read_trees
     from model import load_model
+    from support import ranks
     from svpo import LossConfig, learn
 
     torch.set_num_threads(words.threads)
+    if hasattr(ranks, "keep_freed_memory"):  # as the commands do
+        ranks.keep_freed_memory()
     older = not hasattr(train, "whole_copy")  # it needs a process group for bfloat16
     if older and words.dtype != "float32":
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -76,7 +79,7 @@ def measure(words) -> dict:
         seconds.append(time.perf_counter() - begin)
     return {
         "seconds": statistics.median(seconds[1:]),
-        "tokens": sum(lesson.tree.tokens() for _, lesson in lessons),
+        "tokens": sum(len(node.tokens) for _, lesson in lessons for node in lesson.tree.nodes),
         "loss": figures["loss"],
     }
 

@@ -1,6 +1,8 @@
 """How much memory there is, and how much of it a search takes."""
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -46,11 +48,32 @@ def free_memory(device: torch.device) -> float:
     return host_memory() * HOST_SHARE / ranks
 
 
+def c_library() -> ctypes.CDLL | None:
+    """The GNU C library of this process, if that is what it runs on."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "malloc_trim") else None
+
+
+def keep_freed_memory():
+    """Keep memory that is freed for the next tensor, up to 2 GB a piece.
+
+    Otherwise the system takes it back and fills it with zeros again: a fifth of a training step of
+    SmolLM2-135M on two cores.
+    """
+    library = c_library()
+    if library:
+        library.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def host_memory() -> int:
     """Bytes of the host's memory that are free; its size where Linux does not say."""
     file = Path("/proc/meminfo")
     if not file.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    library = c_library()
+    if library:
+        library.malloc_trim(0)  # what `keep_freed_memory` keeps is free
     lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
     free = 1024 * int(lines["MemAvailable"].split()[0])
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container

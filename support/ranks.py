@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support.memory import keep_freed_memory
+
 
 def rank() -> int:
     """The number of this process, as torchrun gives it; 0 without torchrun."""
@@ -42,6 +44,8 @@ def use_device(source) -> str:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     return device
 
 

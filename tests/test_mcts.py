@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from data import Question, StepTokenizer, Tree, outcome_of, read_trees, write_trees
 from engine import Demand, Engine, Lane, Node
 from eval import AnswerConfig, answer_questions, parse_strategy
-from mcts import SearchConfig, backup, expand, mcts, puct, search_trees, select, to_tree
+from mcts import SearchConfig, backup, expand, fly, mcts, puct, search_trees, select, to_tree
 from model import Llama
 from svpo import pack, score, step_logp
 from tasks.grading import extract_answer
@@ -67,6 +67,80 @@ def test_exhausted_subtrees_close_and_selection_restarts():
     assert tempting.closed and not root.closed
     child_of(other, ending="cut")
     assert select(root, 1.25, random.Random(0)) is None and root.closed
+
+
+def test_leaves_in_flight_are_passed_by():
+    """Catches a leaf that is expanded twice, a branch that closes while it is extended, and visits
+    in flight that count in Q or are left behind."""
+    root = Node(visit_count=3)
+    good = child_of(root, prior=0.9, visit_count=1, value_sum=0.9)
+    inner = child_of(good, prior=0.9)
+    other = child_of(root, prior=0.8, visit_count=1, value_sum=0.5)
+    assert select(root, 1.0, random.Random(0)) is inner
+    fly(inner, 1)
+    assert good.q_value == 0.9 and good.in_flight == root.in_flight == 1
+    assert puct(good, 1.0) == pytest.approx(0.9 + 0.9 * 2 / 3)
+    assert select(root, 1.0, random.Random(0)) is other  # though `good` scores higher
+    fly(other, 1)
+    assert select(root, 1.0, random.Random(0)) is None and not root.closed
+    fly(inner, -1)
+    assert good.in_flight == 0 and root.in_flight == 1
+    assert select(root, 1.0, random.Random(0)) is inner
+
+
+def test_a_search_asks_again_before_it_is_answered():
+    """Catches children that are given to another leaf, simulations that are counted before they
+    end, and a search that ends or asks too much while it waits."""
+    root = Node(value=0.5)
+    config = SearchConfig(simulations=3, expand_width=2, in_flight=3)
+    search = mcts(root, config, lambda node: 1.0, random.Random(0))
+    assert next(search) == [root] * 2
+    assert search.send(None) == []  # there is nothing but the root, which is in flight
+    first = search.send([Node(root, [1], -1.0), Node(root, [2], -1.0)])[0]
+    second = search.send(None)[0]
+    assert {first, second} == set(root.children) and root.in_flight == 2
+    assert search.send(None) == []
+    assert search.send([Node(second, [3], -1.0)]) == []  # the third simulation is in flight
+    assert first.visit_count == 0 and len(second.children) == 1
+    with pytest.raises(StopIteration) as end:
+        search.send([Node(first, [4], -1.0)])
+    assert end.value.value == (3, "simulations") and root.in_flight == 0
+
+
+def test_a_search_without_room_waits_for_what_is_in_flight():
+    """Catches expansions that are lost, or asked for again, when the room ends."""
+    root = Node(value=0.5)
+    config = SearchConfig(simulations=9, expand_width=2, in_flight=2)
+    search = mcts(root, config, lambda node: 1.0, random.Random(0))
+    next(search)
+    first = search.send([Node(root, [1], -1.0), Node(root, [2], -1.0)])[0]
+    assert search.send(None)
+    assert search.send([]) == [] and search.send(None) == []
+    with pytest.raises(StopIteration) as end:
+        search.send([Node(first, [4], -1.0)])
+    assert end.value.value == (2, "room") and root.in_flight == 0
+
+
+def test_lanes_stay_busy(model, tokenizer, monkeypatch):
+    """Catches lanes that wait for the last of their siblings although more is in flight, and more
+    in flight than was asked for."""
+    live = []
+    decode = Engine.decode
+
+    def count(engine):
+        live.append(sum(lane.live for lane in engine.lanes) / len(engine.lanes))
+        requests = [len(search.requests) for search in engine.searches if search]
+        assert max(requests) <= engine.demand.in_flight
+        decode(engine)
+
+    monkeypatch.setattr(Engine, "decode", count)
+    shares = []
+    for in_flight in (1, 3):
+        config = replace(CONFIG, in_flight=in_flight, cache_tokens=20000, simulations=20)
+        list(search_trees(model, tokenizer, QUESTIONS, config))
+        shares.append(sum(live) / len(live))
+        live.clear()
+    assert shares[1] > 1.15 * shares[0], shares
 
 
 def test_ties_are_broken_at_random():
@@ -172,13 +246,15 @@ def full_forward(model: Llama, tokens: list[int], last: int) -> tuple[float, flo
     return logp, value_1T[0, -1].item()
 
 
+@pytest.mark.parametrize("in_flight", [1, 3])
 @pytest.mark.parametrize("few_shot", [False, True])
-def test_recorded_logp_and_values_equal_full_forward(model, tokenizer, few_shot):
+def test_recorded_logp_and_values_equal_full_forward(model, tokenizer, few_shot, in_flight):
     """Catches every cache fault: wrong slots, positions or masks, ragged prompts, shared ones,
-    refilled rows, lanes of unequal length."""
+    refilled rows, lanes of unequal length, slots that are freed while a lane reads them."""
     if few_shot:
         tokenizer = StepTokenizer(tokenizer.tokenizer, [0], "1+1\n1+1=2 #### 2\n{question}\n")
-    trees = list(search_trees(model, tokenizer, QUESTIONS, CONFIG))
+    config = replace(CONFIG, in_flight=in_flight, cache_tokens=3000 * in_flight)
+    trees = list(search_trees(model, tokenizer, QUESTIONS, config))
     assert sorted(tree.id for tree in trees) == sorted(question.id for question in QUESTIONS)
     checked = 0
     depth = 0
@@ -420,11 +496,13 @@ def test_a_prefix_in_no_row_is_the_prefix_of_every_row(model, tokenizer, engines
             assert [getattr(node, figure) for node in nodes] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_samples_do_not_depend_on_the_neighbours(model, tokenizer):
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_samples_do_not_depend_on_the_neighbours(model, tokenizer, in_flight):
     """Catches trees that change with the number of rows or with the questions searched beside
     them."""
-    alone = {tree.id: tree for tree in search_trees(model, tokenizer, QUESTIONS, CONFIG)}
-    others = replace(CONFIG, search_rows=2, cache_tokens=5000)
+    config = replace(CONFIG, in_flight=in_flight, cache_tokens=20000)
+    alone = {tree.id: tree for tree in search_trees(model, tokenizer, QUESTIONS, config)}
+    others = replace(config, search_rows=2, cache_tokens=10000)
     for tree in search_trees(model, tokenizer, QUESTIONS[::-2], others):
         wanted = [node.tokens for node in alone[tree.id].nodes]
         assert [node.tokens for node in tree.nodes] == wanted
