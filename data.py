@@ -75,8 +75,8 @@ class StepFormat:
 LINES = StepFormat("\n")
 PARAGRAPHS = StepFormat("\n\n")
 XML = StepFormat("</step>", split_xml)
-IN_CACHE = 2**18  # logits that a CPU samples from at once: 1 MB in float32
 STEP_FORMATS = {"lines": LINES, "paragraphs": PARAGRAPHS, "xml": XML}  # the values of --steps
+IN_CACHE = 2**18  # logits that a CPU samples from at once: 1 MB in float32
 
 
 # ------------------------------------------------------------------ datasets, one function for each

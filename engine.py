@@ -1,10 +1,12 @@
 """The engine: runs many searches at once over one tree-shaped cache.
 
 A search is a generator. It yields a list of nodes to extend, in which a node appears once for each
-child to sample, and receives the children, or an empty list if the cache has no room left for
-them. What it returns is its result. The engine does not know how a search chooses: `mcts.mcts` and
-the strategies of eval.py run on it alike. `Demand` states what a search may ask for, and
-docs/engine.md follows one expansion through this file.
+child to sample, and receives the children, or an empty list if the cache has no room for them. What
+it returns is its result. A search of which several requests may be open at once
+(`Demand.in_flight`) also receives None while lanes are free: it may ask for more, or yield an empty
+list to wait. What it receives next may answer an older request than its last. The engine does not
+know how a search chooses: `mcts.mcts` and the strategies of eval.py run on it alike. `Demand`
+states what a search may ask for, and docs/engine.md follows one expansion through this file.
 
 Each question that is searched has a row of the cache, and each row has lanes. A lane decodes one
 step: in every tick each live lane samples a token and feeds it. A step starts from the hidden state
@@ -120,13 +122,14 @@ class Demand:
     # only children of the newest request are extended again: all other steps are forgotten, so that
     # the store holds no more than the paths
     moves_on: bool = False
-    # requests that are answered at once. With more than one, a search receives None while lanes are
-    # free and it may ask again; it yields an empty list to wait
-    in_flight: int = 1
+    in_flight: int = 1  # requests that may be open at the same time
 
     def __post_init__(self):
-        if min(self.lanes, self.expansions, self.paths, self.steps_per_lane) < 1:
-            raise ValueError("lanes, expansions, paths and steps must be at least 1")
+        least = min(self.lanes, self.expansions, self.paths, self.steps_per_lane, self.in_flight)
+        if least < 1:
+            raise ValueError("lanes, expansions, paths, steps and in_flight must be at least 1")
+        if self.in_flight > 1 and (self.steps_per_lane > 1 or self.moves_on):
+            raise ValueError("with steps_per_lane > 1 or moves_on, in_flight must be 1")
 
 
 class State(NamedTuple):
@@ -141,7 +144,7 @@ class Request:
     """Nodes that a search has asked to extend."""
 
     parents: list[Node]
-    children: list[Node | None]  # the complete ones, in their parents' order
+    children: list[Node | None]  # in their parents' order; None: not complete
     slots: dict[Node, list[int]]  # those of each node on the parents' paths
     step_slots: list[list[int]] = field(default_factory=list)  # those of each complete child
 
@@ -610,6 +613,8 @@ class Engine:
                     break
                 self.start_step(lane, *search.queue.popleft())
         except StopIteration as end:
+            if search.requests:
+                raise ValueError("a search returned before its last request was answered")
             self.searches[row] = None
             self.end_slot[row] = 0  # its slots need not be read any more
             yield search.question, search.root, end.value
@@ -618,9 +623,10 @@ class Engine:
         """Let a search go on with complete children, or None, and take up what it asks for."""
         search = self.searches[row]
         parents = search.generator.send(children)
+        self.check_demand(search, parents)
         while parents and not self.has_room(search, parents):
             parents = search.generator.send([])
-        self.check_demand(search, parents)
+            self.check_demand(search, parents)
         if parents:
             slots = self.load_paths(row, parents)
             request = Request(parents, [None] * len(parents), slots)
@@ -649,9 +655,10 @@ class Engine:
         fits = fits and len(search.requests) + bool(parents) <= demand.in_flight
         if not fits or distinct > demand.paths or terminal:
             raise ValueError(
-                f"a search asked to extend {len(parents)} nodes, {distinct} of them distinct and "
-                f"{terminal} terminal; its Demand allows {demand.lanes} lanes, {demand.paths} "
-                "paths and no terminal node"
+                f"a search with {len(search.requests)} open requests asked to extend "
+                f"{len(parents)} nodes, {distinct} of them distinct and {terminal} terminal; "
+                f"its Demand allows {demand.lanes} lanes, {demand.paths} paths, "
+                f"{demand.in_flight} requests and no terminal node"
             )
 
     def has_room(self, search: Search, parents: list[Node]) -> bool:

@@ -33,7 +33,7 @@ from data import (
     read_trees,
 )
 from engine import Demand, Engine, Node, context_of, load_source
-from mcts import SearchConfig, mcts, search_trees
+from mcts import SearchConfig, demand_of, mcts, search_trees
 from model import Llama, load_model
 from support.figures import draw_budget, draw_run
 from support.files import read_json, write_json
@@ -224,13 +224,14 @@ def mcts_strategy(
     simulations: int, search: SearchConfig, temperature: float, seed: int
 ) -> Strategy:
     """MCTS with V in place of outcomes as a strategy."""
-    config = dataclasses.replace(search, simulations=simulations, leaf_value=True)
-    demand = Demand(search.expand_width, temperature, expansions=simulations)
+    config = dataclasses.replace(
+        search, simulations=simulations, leaf_value=True, search_temperature=temperature
+    )
 
     def start(question, root):
         return tree_search(root, config, random.Random(f"{seed} {question.id}"))
 
-    return Strategy(demand, start)
+    return Strategy(demand_of(config), start)
 
 
 def answer_questions(

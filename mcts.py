@@ -78,19 +78,22 @@ class SearchConfig:
 
 def mcts(
     root: Node, config: SearchConfig, outcome: Callable[[Node], float], rng: random.Random
-) -> Generator[list[Node], list[Node], tuple[int, str]]:
+) -> Generator[list[Node], list[Node] | None, tuple[int, str]]:
     """Grow a tree below `root` (AlphaMath section 3.2).
 
     `outcome(node)` is the reward of a terminal node, +1 or -1. Returns the number of effective
-    simulations and why the search stopped. The engine may ask for the next expansion before the
-    children of the last one are complete, at most `config.in_flight` at once.
+    simulations and why the search stopped. At most `config.in_flight` expansions are open at once:
+    the engine sends None to ask for the next one before the children of the last are complete, and
+    an empty list to wait is the answer if there is none.
     """
     asked = simulations = 0
-    most, why = config.simulations, "simulations"
+    full = False  # no room until more children are complete
     while True:
-        leaf = select(root, config.c_puct, rng) if asked < most else None
-        if not leaf and asked == simulations:  # nothing is left to ask for or to wait for
-            return simulations, why if asked == most else "exhausted"
+        leaf = None
+        if asked < config.simulations and not full:
+            leaf = select(root, config.c_puct, rng)
+        if not leaf and asked == simulations:  # nothing is in flight
+            return simulations, "simulations" if asked == config.simulations else "exhausted"
         if leaf:
             asked += 1
             fly(leaf, 1)
@@ -100,8 +103,11 @@ def mcts(
         if not children:
             fly(leaf, -1)
             asked -= 1
-            most, why = asked, "room"
+            if asked == simulations:
+                return simulations, "room"
+            full = True
             continue
+        full = False
         simulations += 1
         leaf = children[0].parent
         fly(leaf, -1)

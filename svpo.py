@@ -382,8 +382,9 @@ def score(
     predictor_M = packed.predictor_M[chosen]
     node_M = packed.node_M[chosen].to(device)
     last_E = packed.last_E.to(device)
-    # flex_attention needs whole blocks, and CPUs compile bfloat16 kernels for each new length, at
-    # 8 ms and half a megabyte for each product of matrices
+    # Whole blocks of tokens, of the keys of a path, and of predictions: flex_attention needs them,
+    # and CPUs compile bfloat16 kernels for each new length, at 8 ms and half a megabyte for each
+    # product of matrices. In float32 they do not.
     block = 1 if device.type == "cpu" and weight.dtype == torch.float32 else TILE
     line = -len(packed.token_T) % block
     spare = -len(token_M) % block

@@ -58,12 +58,12 @@ def keep_freed_memory():
     """Keep memory that is freed for the next tensor, up to 2 GB a piece.
 
     Otherwise the system takes it back and fills it with zeros again: a fifth of a training step of
-    SmolLM2-135M on two cores.
+    SmolLM2-135M on two cores. `host_memory` gives it back before it counts what is free.
     """
     library = c_library()
-    if library:
-        library.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    # M_MMAP_THRESHOLD (older versions allow 32 MB at most), M_TRIM_THRESHOLD
+    if library and (library.mallopt(-3, 2**31 - 1) or library.mallopt(-3, 2**25)):
+        library.mallopt(-1, 2**31 - 1)
 
 
 def host_memory() -> int:

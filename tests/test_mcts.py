@@ -108,16 +108,19 @@ def test_a_search_asks_again_before_it_is_answered():
 
 
 def test_a_search_without_room_waits_for_what_is_in_flight():
-    """Catches expansions that are lost, or asked for again, when the room ends."""
+    """Catches expansions that are lost, or not asked for again once shorter steps than expected
+    have left room."""
     root = Node(value=0.5)
     config = SearchConfig(simulations=9, expand_width=2, in_flight=2)
     search = mcts(root, config, lambda node: 1.0, random.Random(0))
     next(search)
     first = search.send([Node(root, [1], -1.0), Node(root, [2], -1.0)])[0]
-    assert search.send(None)
+    refused = search.send(None)[0]
     assert search.send([]) == [] and search.send(None) == []
+    again = search.send([Node(first, [4], -1.0)])[0]
+    assert again in (refused, *first.children) and root.in_flight == 1
     with pytest.raises(StopIteration) as end:
-        search.send([Node(first, [4], -1.0)])
+        search.send([])
     assert end.value.value == (2, "room") and root.in_flight == 0
 
 
@@ -540,6 +543,18 @@ def test_sampling_follows_the_distribution(tokenizer):
     counted_V = torch.bincount(token_X, minlength=len(wanted_V)) / 4000
     torch.testing.assert_close(counted_V, wanted_V, atol=1e-3, rtol=0)
     torch.testing.assert_close(logp_X, logits_V.log_softmax(-1)[token_X], atol=1e-5, rtol=0)
+
+
+def test_a_cpu_samples_a_few_rows_at_a_time(tokenizer, monkeypatch):
+    """Catches parts that are drawn with other parts' random numbers, or joined in another order."""
+    logits_XV = torch.randn(50, tokenizer.tables_4V.shape[1] + 2)
+    uniform_X = torch.rand(50)
+    for temperature in (0, 0.7):
+        wanted = tokenizer.draw(logits_XV, uniform_X, temperature)
+        monkeypatch.setattr("data.IN_CACHE", 3 * logits_XV.shape[1])
+        found = tokenizer.draw(logits_XV, uniform_X, temperature)
+        monkeypatch.undo()
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_trees_survive_their_file(tmp_path, model, tokenizer):

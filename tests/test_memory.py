@@ -19,6 +19,7 @@ from test_mcts import QUESTIONS
 from engine import TreeCache
 from eval import AnswerConfig, answer_questions
 from mcts import SearchConfig, search_trees
+from support.memory import c_library
 from svpo import LossConfig
 from train import Job, RunConfig, TrainConfig, train_stage
 
@@ -47,6 +48,36 @@ def caches(monkeypatch) -> list[weakref.ref]:
 
 def alive(caches: list[weakref.ref]) -> int:
     return sum(cache() is not None for cache in caches)
+
+
+KEEP = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from support import memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
+
+memory.keep_freed_memory()
+before = resident()
+tensors = [torch.ones(2**20) for _ in range(100)]
+tensors.clear()
+kept = resident() - before
+memory.host_memory()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not c_library(), reason="the GNU C library alone can keep and give back memory")
+def test_freed_memory_is_kept_until_somebody_asks_how_much_is_free():
+    """Catches memory that goes back to the system after each tensor, and memory that is kept but
+    counted as used."""
+    words = [sys.executable, "-c", KEEP, str(ROOT)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    kept, after = map(int, done.stdout.split())
+    assert kept > 300 and after < 100, done.stdout
 
 
 def test_a_cache_is_gone_with_its_search(tmp_path, model, tokenizer, model_folder, caches):

@@ -1,5 +1,6 @@
 """Pairs on hand-built trees, losses against closed forms, packed trees against separate paths."""
 
+import copy
 import math
 import random
 
@@ -263,6 +264,36 @@ def test_packed_trees_equal_separate_paths(model, tokenizer, queries, monkeypatc
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     for ours, theirs in zip(gradients, torch.autograd.grad(wanted, list(model.parameters()))):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_takes_few_lengths(model, tokenizer, monkeypatch):
+    """Catches a line, keys or predicted tokens of a new length for each pack, for which a CPU
+    compiles kernels anew, and padding that is seen or scored."""
+    trees = searched(model, tokenizer)
+    half = copy.deepcopy(model).bfloat16()
+    lengths = set()
+    attention = F.scaled_dot_product_attention
+
+    def attend(q_BHTK, k_BHSK, *words, **more):
+        lengths.add(k_BHSK.shape[2])
+        return attention(q_BHTK, k_BHSK, *words, **more)
+
+    def logp(hidden_MD, *words):
+        lengths.add(len(hidden_MD))
+        return token_logp(hidden_MD, *words)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attend)
+    monkeypatch.setattr("svpo.token_logp", logp)
+    for packed in (pack(trees[:1]), pack(trees[1:])):
+        logp_M, value_E, node_M = score(half, packed)
+        assert len(logp_M) == len(node_M) == len(packed.target_M)
+        assert lengths and not any(length % 128 for length in lengths)
+        seen = set(lengths)
+        wanted_M, wanted_E, _ = score(model, packed)
+        torch.testing.assert_close(logp_M, wanted_M, atol=0.1, rtol=0)
+        torch.testing.assert_close(value_E.float(), wanted_E, atol=0.05, rtol=0)
+        assert lengths > seen  # float32 is not padded
+        lengths.clear()
 
 
 def test_whole_solutions_against_separate_paths(model, tokenizer):
