@@ -130,12 +130,12 @@ def select(root: Node, c_puct: float, rng: random.Random) -> Node | None:
     while not root.closed and not busy(root):
         if not node.children:
             return node
-        open_children = [child for child in node.children if not child.ending and not child.closed]
-        if not open_children:
+        children = open_children(node)
+        if not children:
             node.closed = True
             node = root
             continue
-        free = [child for child in open_children if not busy(child)]
+        free = [child for child in children if not busy(child)]
         scores = [puct(child, c_puct) for child in free]
         highest = max(scores)
         best = [child for child, score in zip(free, scores) if score == highest]
@@ -154,10 +154,14 @@ def puct(child: Node, c_puct: float) -> float:
     return child.q_value + c_puct * exploration
 
 
+def open_children(node: Node) -> list[Node]:
+    """The children that are neither terminal nor closed."""
+    return [child for child in node.children if not child.ending and not child.closed]
+
+
 def busy(node: Node) -> bool:
     """Whether all leaves below a node that may be selected, or the leaf itself, are in flight."""
-    open_children = [child for child in node.children if not child.ending and not child.closed]
-    return node.in_flight > 0 and all(busy(child) for child in open_children)
+    return node.in_flight > 0 and all(map(busy, open_children(node)))
 
 
 def fly(node: Node | None, change: int):
