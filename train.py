@@ -47,6 +47,7 @@ from data import (
     fitting,
     load_splits,
     outcome_of,
+    rank_files,
     read_template,
     read_trees,
     resume_trees,
@@ -66,7 +67,15 @@ from model import (
     save_model,
 )
 from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
-from support.files import head_commit, hold, keep_config, read_json, sync, write_json
+from support.files import (
+    head_commit,
+    hold,
+    keep_config,
+    publish,
+    read_json,
+    sync,
+    write_json,
+)
 from support.flags import InputError, Recipe, flag, parse_args, run_command, visible
 from support.hugging_face import PRESETS, copy_files, find_folder, stored_dtype
 from support.memory import free_memory
@@ -162,6 +171,11 @@ class RunConfig(SourceConfig):
         300, "built-in task: questions searched only to measure sibling accuracy", least=1
     )
     rounds: int = flag(1, "rounds of search and training; AlphaMath: 3", least=0)
+    trees: str = flag(
+        "",
+        "trees of the first round, written by mcts.py with --model; only questions without a tree "
+        "there are searched",
+    )
     save_dtype: str = flag(
         "",
         "type of the weights that each stage writes and the next one reads; empty: that of --model",
@@ -342,6 +356,10 @@ def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
         raise InputError(
             f"--objective {losses.objective}: with these weights there is nothing to learn from"
         )
+    if run.trees and losses.objective == "grpo":
+        raise InputError("--trees: grpo learns from samples of its own, not from trees")
+    if run.trees and not rank_files(Path(run.trees)):
+        raise InputError(f"--trees {run.trees}: no such file")
     if train.tensorboard and not find_spec("tensorboard"):
         raise InputError(
             "--tensorboard needs a package that is not installed: pip install tensorboard"
@@ -842,6 +860,8 @@ def grow_trees(
     """
     model = job.load(previous)
     file = stage / "trees.jsonl"
+    if number == 1 and job.run.trees:
+        on_rank_0(lambda: take_trees(Path(job.run.trees), file, questions))
     found = resume_trees(file, rank(), world_size())
     check_token_ids(found, model.config.vocab_size, stage)
     done = {tree.id for tree in found}
@@ -867,6 +887,22 @@ def grow_trees(
             model = job.load(previous, "float32")
         add_reference(model, trees, reference, job.train.pack_tokens)
     return trees
+
+
+def take_trees(given: Path, file: Path, questions: list[Question]):
+    """Copy the questions' trees of the files of `given` beside `file`, if there are none yet."""
+    if rank_files(file):
+        return
+    texts = {question.id: question.text for question in questions}
+    found = {tree.id: tree for other in rank_files(given) for tree in read_trees(other)}
+    found = [tree for tree in found.values() if tree.id in texts]
+    other = [tree.id for tree in found if tree.question != texts[tree.id]]
+    if other or not found:
+        problem = (
+            f"question {other[0]} has another text there" if other else "none has a tree there"
+        )
+        raise InputError(f"--trees {given}: its trees are not of this round's questions: {problem}")
+    publish(file.with_stem("trees-0"), lambda partial: write_trees(partial, found, "w"))
 
 
 def sample_group(

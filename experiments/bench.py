@@ -1,7 +1,8 @@
 """Speed and memory against other programs, on the same weights, questions, pairs and token counts.
 
     python experiments/bench.py search --model FOLDER --data questions.jsonl --prompt FILE
-                                            against `generate` of transformers; --vllm: and vLLM
+                                            against `generate` of transformers; --vllm: and vLLM;
+                                            --ladder: against ourselves, less one optimisation
     python experiments/bench.py train --model FOLDER --data questions.jsonl --trees trees.jsonl
                                             against DPOTrainer of TRL
     python experiments/bench.py gpu         one GPU against its own limits
@@ -22,7 +23,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from data import RECIPES, SourceConfig
-from experiments.sides import SIDES, BenchConfig, read_pairs
+from experiments.sides import LADDER, SIDES, BenchConfig, read_pairs
 from mcts import SearchConfig
 from support.flags import InputError, flag_name, parse_args, run_command
 
@@ -60,10 +61,11 @@ def measure(configs: tuple, side: str, **changes) -> dict:
 
 
 def alternate(configs: tuple, alternations: int, sides: tuple) -> dict[str, dict]:
-    """Medians of each side's figures. The sides take turns."""
+    """Medians of each side's figures. The sides take turns, there and back: as a machine gets faster
+    or slower, that favours none."""
     rows = {side: [] for side in sides}
-    for _ in range(alternations):
-        for side in sides:
+    for number in range(alternations):
+        for side in sides[:: -1 if number % 2 else 1]:
             rows[side].append(measure(configs, side))
     medians = {}
     for side, found in rows.items():
@@ -76,17 +78,17 @@ def compare(configs: tuple, alternations: int, title: str, ours: str, *peers: st
     medians = alternate(configs, alternations, (ours, *peers))
     print(f"\n{title}, medians of {alternations}")
     print(
-        f"{'':14}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}"
+        f"{'':22}{'nodes/s':>10}{'tokens/s':>10}{'seconds':>10}{'nodes':>8}{'tokens':>9}"
         f"{'peak MB':>9}"
     )
     for side, row in medians.items():
         print(
-            f"{side:14}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}"
+            f"{side:22}{row['nodes_s']:10.2f}{row['tokens_s']:10.1f}{row['seconds']:10.1f}"
             f"{row['nodes']:8.0f}{row['sampled_tokens']:9.0f}{row['peak_mb']:9.0f}"
         )
     for peer in peers:
         ratios = [medians[ours][key] / medians[peer][key] for key in ("nodes_s", "tokens_s")]
-        print(f"{'to ' + peer:14}" + "".join(f"{ratio:10.2f}" for ratio in ratios))
+        print(f"{'to ' + peer:22}" + "".join(f"{ratio:10.2f}" for ratio in ratios))
     fed = {side: row["fed_tokens"] / row["sampled_tokens"] for side, row in medians.items()}
     text = ", ".join(f"{side} {share:.2f}" for side, share in fed.items())
     print(f"fed tokens, prompts included, for each sampled token: {text}", flush=True)
@@ -99,7 +101,10 @@ def compare_search(configs: tuple):
         f"MCTS, {config.questions} questions, {config.live} at once, "
         f"{search.simulations} simulations of {search.expand_width}"
     )
-    peers = ("peer", "vllm") if config.vllm else ("peer",)
+    if config.ladder:
+        peers = tuple(LADDER)
+    else:
+        peers = ("peer", "vllm") if config.vllm else ("peer",)
     compare(configs, config.alternations, title, "ours", *peers)
     title = f"sampling, 32 questions, {config.sample_tokens} tokens each"
     peers = [f"sample-{peer}" for peer in peers]

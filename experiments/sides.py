@@ -8,6 +8,7 @@
   end at the first line break, also where that is their first token: its trees may be smaller.
 - Sampling: one solution of exactly as many tokens for each of 32 questions. We feed the prompt that
   they share once, the peer 32 times.
+- `--ladder`: our side with one of its optimisations switched off at a time (`LADDER`).
 - Training: one pass over the step pairs of searched trees, at learning rate 0, so that all sides
   see the same losses. --prompt sets the prompt of the trees anew. The policy is the model with a
   little noise, the reference is the model.
@@ -21,9 +22,11 @@ import math
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import data
+import engine
 from data import (
     Question,
     SourceConfig,
@@ -40,10 +45,11 @@ from data import (
     outcome_of,
     read_trees,
 )
-from engine import Demand, Engine, Node, load_source
+from engine import Demand, Engine, Node, TreeCache, load_source
 from eval import majority, samples
 from mcts import SearchConfig, demand_of, mcts
 from model import Llama, LlamaConfig, load_model
+from support import ranks
 from support.flags import InputError, flag
 from support.hugging_face import find_folder
 from svpo import Lesson, LossConfig, learn, rescore
@@ -65,6 +71,7 @@ class BenchConfig:
     trees: str = flag("", "train: file of searched trees of these questions")
     batch: int = flag(8, "train: pairs an optimizer step", least=1)
     vllm: bool = flag(False, "search: against vLLM, too (experiments/requirements-vllm.txt)")
+    ladder: bool = flag(False, "search: what each optimisation of ours is worth, no other peer")
     side: str = flag("", "one measurement in this process")
 
 
@@ -597,6 +604,63 @@ def trl_config(out: str, batch: int, precompute: bool, device: str):
     )
 
 
+# ---------------------------------------------------------------------------- the ladder, our side
+
+
+def feed_paths_again(running: Engine, row: int, parents: list[Node]):
+    """Compute the keys of the paths to extend, as without a cache of the tree. They are not used:
+    the search goes on as it would have."""
+    root = running.searches[row].root.tokens
+    paths = [
+        root + [token for node in parent.path() for token in node.tokens] for parent in set(parents)
+    ]
+    begin = running.prefix_outside
+    cache = TreeCache(
+        running.model.config,
+        len(paths),
+        max(map(len, paths)),
+        device=running.device,
+        dtype=running.tick.hidden_WD.dtype,
+    )
+    cache.prefix_L2PGK = running.cache.prefix_L2PGK
+    running.feed_prompts(list(range(len(paths))), paths, begin, cache)
+
+
+class NoTreeCache(Engine):
+    """An engine that feeds the paths it extends again."""
+
+    def load_paths(self, row: int, parents: list[Node]) -> dict[Node, list[int]]:
+        feed_paths_again(self, row, parents)
+        return super().load_paths(row, parents)
+
+
+def switch_off(module, name: str, value) -> Callable[[Callable], Callable]:
+    """Makes a side run with a name of a module set to a value."""
+
+    def without(side: Callable) -> Callable:
+        def run(*configs) -> dict:
+            setattr(module, name, value)
+            return side(*configs)
+
+        return run
+
+    return without
+
+
+def in_float32(side: Callable) -> Callable:
+    """Makes a side compute in float32."""
+    return lambda source, *configs: side(replace(source, dtype="float32"), *configs)
+
+
+LADDER = {  # what is switched off, and how
+    "no bfloat16": in_float32,
+    "no tree cache": switch_off(sys.modules[__name__], "Engine", NoTreeCache),
+    # the prompt's common part is fed once, but read by each row
+    "no common read": switch_off(engine, "SHORT_PREFIX", sys.maxsize),
+    "no common part": switch_off(engine, "common_prefix", lambda prompts: []),
+    "one big draw": switch_off(data, "IN_CACHE", sys.maxsize),
+    "memory freed": switch_off(ranks, "keep_freed_memory", lambda: None),
+}
 SIDES = {
     "ours": search_ours,
     "peer": search_peer,
@@ -608,3 +672,6 @@ SIDES = {
     "trl": train_trl,
     "trl-precomputed": partial(train_trl, precompute=True),
 }
+for rung, without in LADDER.items():
+    SIDES[rung] = without(search_ours)
+    SIDES[f"sample-{rung}"] = without(sample_ours)

@@ -158,13 +158,16 @@ def test_benchmark_in_tiny_mode(work):
     words += "--simulations 4 --expand-width 4 --questions 3 --live 2".split()
     words += "--alternations 1 --sample-tokens 4".split()
     bench = [ROOT / "experiments" / "bench.py", "search", *words]
-    for side in ("ours", "peer", "sample-ours", "sample-peer"):
+    fed = {}
+    for side in ("ours", "peer", "no tree cache", "sample-ours", "sample-peer"):
         printed = finish(start(*bench, "--side", side, cwd=folder))
         found = json.loads(printed.splitlines()[-1])
-        if side in ("ours", "peer"):
+        fed[side] = found["fed_tokens"]
+        if not side.startswith("sample"):
             assert 3 <= found["simulations"] <= 12 and found["nodes"] == 4 * found["simulations"]
         else:
             assert found["sampled_tokens"] == 32 * 4
+    assert fed["no tree cache"] > fed["ours"]
     if not importlib.util.find_spec("vllm"):
         process = start(*bench, "--side", "vllm", cwd=folder)
         _, errors = process.communicate(timeout=100)
@@ -195,3 +198,24 @@ def test_trees_of_a_few_shot_prompt_are_trained_under_another(work):
     plain = rescore(load_model(folder / "model"), asked)
     wanted = torch.tensor([node.logp for tree in plain for node in tree.nodes])
     torch.testing.assert_close(stored, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_training_on_trees_that_were_searched_before(work):
+    """Catches trees of --trees that are searched again, mixed up or taken for other questions."""
+    folder, words = work
+    rows = [json.loads(line) for line in (folder / "sums.jsonl").read_text().splitlines()]
+    write_rows(folder / "few.jsonl", [{**row, "id": str(n)} for n, row in enumerate(rows[:20])])
+    words += "--data few.jsonl --simulations 4".split()
+    search = [ROOT / "mcts.py", *words, "--limit", "12", "--seed", "5", "--out", "given.jsonl"]
+    finish(start(*search, cwd=folder))
+    given = {tree.id: tree for tree in read_trees(folder / "given.jsonl")}
+    train = [ROOT / "train.py", *words, "--tune-epochs", "1", "--trees", "given.jsonl"]
+    finish(start(*train, "--out", "run", cwd=folder))
+    found = {tree.id: tree for tree in read_trees(folder / "run" / "round1" / "trees-0.jsonl")}
+    assert len(given) == 12 and len(found) == 16  # four are searched, the last fifth is held out
+    assert all(found[identity] == tree for identity, tree in given.items())
+    write_rows(folder / "few.jsonl", [{**row, "id": str(n)} for n, row in enumerate(rows[1:21])])
+    for file in ("given.jsonl", "missing.jsonl"):
+        process = start(*train, "--out", "other", "--trees", file, cwd=folder)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 2 and f"--trees {file}" in errors.splitlines()[-1]
