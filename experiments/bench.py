@@ -61,8 +61,10 @@ def measure(configs: tuple, side: str, **changes) -> dict:
 
 
 def alternate(configs: tuple, alternations: int, sides: tuple) -> dict[str, dict]:
-    """Medians of each side's figures. The sides take turns, there and back: as a machine gets faster
-    or slower, that favours none."""
+    """Medians of each side's figures.
+
+    The sides take turns, there and back: as a machine gets faster or slower, that favours none.
+    """
     rows = {side: [] for side in sides}
     for number in range(alternations):
         for side in sides[:: -1 if number % 2 else 1]:

@@ -13,7 +13,8 @@
   see the same losses. --prompt sets the prompt of the trees anew. The policy is the model with a
   little noise, the reference is the model.
 
-Dimension key: X sequences of a batch of the peer, T tokens, D width, V vocabulary.
+Dimension key: X sequences of a batch of the peer, T tokens, D width, V vocabulary; of a cache
+L layers, P tokens of the common prefix, G key heads, K head width.
 """
 
 import contextlib
@@ -620,7 +621,7 @@ def feed_paths_again(running: Engine, row: int, parents: list[Node]):
         len(paths),
         max(map(len, paths)),
         device=running.device,
-        dtype=running.tick.hidden_WD.dtype,
+        dtype=running.model.output_weight().dtype,
     )
     cache.prefix_L2PGK = running.cache.prefix_L2PGK
     running.feed_prompts(list(range(len(paths))), paths, begin, cache)

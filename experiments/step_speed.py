@@ -3,14 +3,14 @@
     python experiments/step_speed.py --model FOLDER --trees trees.jsonl --dtype bfloat16
                                      [--before CHECKOUT] [--ladder] [--count 4] [--alternations 3]
 
-The sides take turns, there and back, each in a process of its own; medians are printed. `packed` trains on the
-likelihood of all steps of `count` trees, drawn from those with more than eight nodes and a pair of
-steps, as SVPO's lessons keep them. `leaves` trains on the path from the root to each leaf of these,
-alone. `pairs` trains on the two paths of each pair, alone, as trainers of DPO do, and `packed
-pairs` on the parts of the trees that the pairs need. C is the tokens of the paths divided by those
-of the trees: what packing can save at most. `before` is `packed` in another checkout of this
-repository. With `--ladder` also `packed` less one optimisation at a time. A forward pass takes at
-most 4,096 tokens, or one tree.
+The sides take turns, there and back, each in a process of its own; medians are printed. `packed`
+trains on the likelihood of all steps of `count` trees, drawn from those with more than eight nodes
+and a pair of steps, as SVPO's lessons keep them. `leaves` trains on the path from the root to each
+leaf of these, alone. `pairs` trains on the two paths of each pair, alone, as trainers of DPO do,
+and `packed pairs` on the parts of the trees that the pairs need. C is the tokens of the paths
+divided by those of the trees: what packing can save at most. `before` is `packed` in another
+checkout of this repository. With `--ladder` also `packed` less one optimisation at a time. A
+forward pass takes at most 4,096 tokens, or one tree.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def measure(words) -> dict:
     if older and words.dtype != "float32":
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if words.side == "whole mask":
-        svpo.path_mask = lambda end_T, block: tree_mask(end_T[None])
+        svpo.path_mask = lambda ends, block: tree_mask(ends[None])
     if words.side == "every length":
         svpo.TILE = 1
     dtype = "float32" if words.side == "no bfloat16" else words.dtype
