@@ -23,6 +23,8 @@ COMMANDS = {  # what knows flags
     "experiments/why.py": [],
     "experiments/gpu.py": [],
     "experiments/gsm8k.py": [],
+    "experiments/first_run.py": [],
+    "experiments/step_speed.py": [],
 }
 OTHERS = {"--index-url", "--nproc-per-node", "--dist"}  # flags of pip, torchrun and pytest
 
