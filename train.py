@@ -67,15 +67,7 @@ from model import (
     save_model,
 )
 from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
-from support.files import (
-    head_commit,
-    hold,
-    keep_config,
-    publish,
-    read_json,
-    sync,
-    write_json,
-)
+from support.files import head_commit, hold, keep_config, publish, read_json, sync, write_json
 from support.flags import InputError, Recipe, flag, parse_args, run_command, visible
 from support.hugging_face import PRESETS, copy_files, find_folder, stored_dtype
 from support.memory import free_memory
@@ -894,13 +886,13 @@ def take_trees(given: Path, file: Path, questions: list[Question]):
     if rank_files(file):
         return
     texts = {question.id: question.text for question in questions}
-    found = {tree.id: tree for other in rank_files(given) for tree in read_trees(other)}
+    found = {tree.id: tree for part in rank_files(given) for tree in read_trees(part)}
     found = [tree for tree in found.values() if tree.id in texts]
-    other = [tree.id for tree in found if tree.question != texts[tree.id]]
-    if other or not found:
-        problem = (
-            f"question {other[0]} has another text there" if other else "none has a tree there"
-        )
+    foreign = [tree.id for tree in found if tree.question != texts[tree.id]]
+    problem = "" if found else "none has a tree there"
+    if foreign:
+        problem = f"question {foreign[0]} has another text there"
+    if problem:
         raise InputError(f"--trees {given}: its trees are not of this round's questions: {problem}")
     publish(file.with_stem("trees-0"), lambda partial: write_trees(partial, found, "w"))
 

@@ -185,15 +185,18 @@ def answer(config, end: float) -> bool:
     return True
 
 
-def within(words: list, end: float) -> bool:
-    """Run a command until it ends or the time is over; returns whether it ended."""
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
+def within(words: list, end: float, grace: float = 40) -> bool:
+    """Run a command until it ends or the time is over; returns whether it ended.
+
+    It is asked to stop at `end`, and killed if it has not stopped `grace` seconds later.
+    """
+    process = subprocess.Popen([sys.executable, *words])
     try:
         process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(40)
+            process.wait(grace)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -19,9 +19,7 @@ import json
 import math
 import re
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 import time
 import zlib
@@ -32,13 +30,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import load_questions
-from support.files import read_json, write_json
-from support.flags import InputError, run_command
+from experiments.gsm8k import within
+from support.files import publish, read_json, write_json
+from support.flags import run_command
 
 QUESTIONS = "mawps:singleop mawps:addsub mawps:multiarith svamp:test"
 PARTS = ("test",) * 3 + ("valid",) + ("search",) * 6  # of ten questions
 JUDGED = 200  # questions of the validation part whose trees V is measured on
-SFT = "--sft-steps 500 --sft-batch 16 --sft-lr 2e-4 --no-recompute --save-every 50 --rounds 0"
+SFT = "--sft-batch 16 --no-recompute --save-every 50 --rounds 0"
+FIRST = "--sft-steps 500 --sft-lr 2e-4"  # SFT of the pretrained model
+LONGER = "--sft-steps 200 --sft-lr 1e-5"  # row sft-longer: as many steps as a round, or a few more
 TUNE = "--tune-batch 16 --tune-epochs 2 --tune-lr 1e-5 --no-recompute --save-every 20 --rounds 1"
 LIMITS = "--max-depth 12 --max-step-tokens 96 --max-tokens 1024 --tree-tokens 4096"
 SEARCH = f"--simulations 12 --expand-width 4 {LIMITS}"
@@ -86,10 +87,9 @@ def cut_questions(folder: Path, data_dir: str):
         row = {"id": question.id, "question": question.text, "answer": question.answer}
         parts[part_of(question.text)].append(row)
     folder.mkdir(parents=True, exist_ok=True)
-    for part, rows in parts.items():  # test comes first in PARTS: it is written last
-        (folder / f"{part}.jsonl.partial").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for part in reversed(parts):
-        (folder / f"{part}.jsonl.partial").rename(folder / f"{part}.jsonl")
+    for part in ("search", "valid", "test"):  # a folder that has the last one is complete
+        text = "".join(json.dumps(row) + "\n" for row in parts[part])
+        publish(folder / f"{part}.jsonl", lambda partial, text=text: partial.write_text(text))
     print(", ".join(f"{part} {len(rows)}" for part, rows in parts.items()), "questions")
 
 
@@ -100,7 +100,7 @@ def pieces(config) -> Iterator[tuple[str, str]]:
     """(name, command) of all that is to be done, in order."""
     out = config.out
     gsm8k = f"--data gsm8k:train --test-data gsm8k:test --data-dir {config.data_dir} {FEW}"
-    yield "sft", f"train.py --model {config.model} {gsm8k} {SFT} {LIMITS} --out {out}/sft"
+    yield "sft", f"train.py --model {config.model} {gsm8k} {SFT} {FIRST} {LIMITS} --out {out}/sft"
     sft = out / "sft" / "sft"
     valid = out / "questions" / "valid.jsonl"
     judged = out / "judged.jsonl"
@@ -110,29 +110,26 @@ def pieces(config) -> Iterator[tuple[str, str]]:
         f"--out {judged}",
     )
     yield from answers(config, "sft", sft)
+    search = f"--data {out}/questions/search.jsonl {SEARCH}"
+    round_ = f"{search} --test-data {valid} {FEW} {TUNE}"
     for seed in range(max(SEEDS.values())):
         trees = out / f"trees-{seed}.jsonl"
-        search = f"--data {out}/questions/search.jsonl {SEARCH}"
         yield f"trees {seed}", f"mcts.py --model {sft} {search} --seed {seed} --out {trees}"
         for row, flags in ROWS.items():
             if seed >= SEEDS.get(row, 1):
                 continue
             name = f"{row}-{seed}"
-            common = f"{TUNE} --seed {seed} --out {out}/{name}"
             if flags is None:
-                steps = SFT.replace("--sft-steps 500", "--sft-steps 200")
-                steps = steps.replace("--sft-lr 2e-4", "--sft-lr 1e-5")
-                words = f"train.py --model {sft} {gsm8k} {steps} {LIMITS} --out {out}/{name}"
+                words = f"{gsm8k} {SFT} {LONGER} {LIMITS}"
             else:
-                more = "" if row == "grpo" else f"--trees {trees}"
-                words = f"train.py --model {sft} {search} --test-data {valid} {FEW} {flags} {more} "
-                words += common
-            yield name, words
+                words = f"{round_} {flags} --seed {seed}"
+                words += "" if row == "grpo" else f" --trees {trees}"
+            yield name, f"train.py --model {sft} {words} --out {out}/{name}"
             yield from answers(config, name, out / name / ("sft" if flags is None else "round1"))
     for row in TWICE:
         name = f"{row}-twice-0"
-        words = f"train.py --model {out}/{row}-0/round1 {search} --test-data {valid} {FEW} "
-        yield name, words + f"{ROWS[row]} {TUNE} --seed 10 --out {out}/{name}"
+        words = f"--model {out}/{row}-0/round1 {round_} {ROWS[row]} --seed 10"
+        yield name, f"train.py {words} --out {out}/{name}"
         yield from answers(config, name, out / name / "round1")
 
 
@@ -157,7 +154,7 @@ def tiny(command: str) -> str:
     for place, word in enumerate(words[:-1]):
         if word in TINY:
             words[place + 1] = str(TINY[word])
-    if words[0] != "train.py" or "--data gsm8k" in command:
+    if "--limit" not in words:
         words += ["--limit", str(TINY["--limit"])]
     return " ".join(words)
 
@@ -176,7 +173,8 @@ def run(config):
         command = tiny(command) if config.tiny else command
         print(f"\n{name}: python {command}", flush=True)
         begin = time.monotonic()
-        ended = within(shlex.split(command), end)
+        script, *words = shlex.split(command)
+        ended = within([ROOT / script, *words], end, grace=120)
         seconds = spent["seconds"] + time.monotonic() - begin
         done[name] = {"seconds": round(seconds), "done": ended, "command": command}
         write_json(file, done)
@@ -184,24 +182,6 @@ def run(config):
             print("not done; run the same command again")
             return
     print("done")
-
-
-def within(words: list[str], end: float) -> bool:
-    """Run a command until it ends or the time is over; returns whether it ended."""
-    process = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]])
-    try:
-        process.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        return False
-    if process.returncode:
-        raise InputError(f"{words[0]} ended with status {process.returncode}; see above")
-    return True
 
 
 # ------------------------------------------------------------------------------------------- table

@@ -608,30 +608,16 @@ def trl_config(out: str, batch: int, precompute: bool, device: str):
 # ---------------------------------------------------------------------------- the ladder, our side
 
 
-def feed_paths_again(running: Engine, row: int, parents: list[Node]):
-    """Compute the keys of the paths to extend, as without a cache of the tree. They are not used:
-    the search goes on as it would have."""
-    root = running.searches[row].root.tokens
-    paths = [
-        root + [token for node in parent.path() for token in node.tokens] for parent in set(parents)
-    ]
-    begin = running.prefix_outside
-    cache = TreeCache(
-        running.model.config,
-        len(paths),
-        max(map(len, paths)),
-        device=running.device,
-        dtype=running.model.output_weight().dtype,
-    )
-    cache.prefix_L2PGK = running.cache.prefix_L2PGK
-    running.feed_prompts(list(range(len(paths))), paths, begin, cache)
-
-
 class NoTreeCache(Engine):
-    """An engine that feeds the paths it extends again."""
+    """An engine that computes the keys of the paths it extends again, as without a cache of the
+    tree. They are not used: the search goes on as it would have."""
 
     def load_paths(self, row: int, parents: list[Node]) -> dict[Node, list[int]]:
-        feed_paths_again(self, row, parents)
+        paths = [prefix_tokens(parent) for parent in set(parents)]
+        kind = (self.device, self.model.output_weight().dtype)
+        cache = TreeCache(self.model.config, len(paths), max(map(len, paths)), 0, *kind)
+        cache.prefix_L2PGK = self.cache.prefix_L2PGK
+        self.feed_prompts(list(range(len(paths))), paths, self.prefix_outside, cache)
         return super().load_paths(row, parents)
 
 

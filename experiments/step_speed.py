@@ -130,12 +130,9 @@ def path_to(tree, end: int):
     return replace(tree, nodes=nodes)
 
 
-def print_bound(rows: dict[str, list[dict]], packed: str, alone: str):
+def print_bound(rows: dict[str, list[dict]], seconds: dict[str, float], packed: str, alone: str):
     """Print C of some paths, and how much of it packing reaches."""
     share = rows[alone][0]["tokens"] / rows[packed][0]["tokens"]
-    seconds = {
-        side: statistics.median(row["seconds"] for row in rows[side]) for side in (packed, alone)
-    }
     faster = seconds[alone] / seconds[packed]
     print(
         f"{alone} to {packed}: C = {share:.2f}; packing reaches {100 * faster / share:.0f} % of it"
@@ -163,16 +160,16 @@ def main():
                 sys.exit(f"error: {side}: {last_line(done.stderr)}")
             rows[side].append(json.loads(last_line(done.stdout)))
     print(f"up to {words.count} trees, {words.dtype}, medians of {words.alternations}")
-    packed = statistics.median(row["seconds"] for row in rows["packed"])
+    seconds = {}
     for side, found in rows.items():
-        seconds = statistics.median(row["seconds"] for row in found)
+        seconds[side] = statistics.median(row["seconds"] for row in found)
         tokens, loss = found[0]["tokens"], found[0]["loss"]
         print(
-            f"{side:12} {seconds:8.2f} s {tokens:7} tokens   loss {loss:.5f}   "
-            f"{seconds / packed:.2f} times packed"
+            f"{side:12} {seconds[side]:8.2f} s {tokens:7} tokens   loss {loss:.5f}   "
+            f"{seconds[side] / seconds['packed']:.2f} times packed"
         )
-    print_bound(rows, "packed", "leaves")
-    print_bound(rows, "packed pairs", "pairs")
+    print_bound(rows, seconds, "packed", "leaves")
+    print_bound(rows, seconds, "packed pairs", "pairs")
 
 
 if __name__ == "__main__":
