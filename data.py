@@ -10,11 +10,13 @@ Dimension key: X tokens of a flat line (one for each lane that samples), V vocab
 import copy
 import dataclasses
 import glob
+import gzip
 import json
 import os
 import random
 import re
 import urllib.request
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,9 +31,10 @@ from support.files import append, sync
 from support.flags import InputError, Recipe, flag
 from support.hugging_face import find_folder
 from support.tokenizer_files import UNLIMITED, read_tokenizer, vocabulary_of
+from tasks.algebra import algebra
 from tasks.built_in import generate, is_built_in
 from tasks.code_steps import run_code, split_xml
-from tasks.grading import algebra, extract_answer, is_correct, needs_algebra
+from tasks.grading import extract_answer, is_correct, needs_algebra
 
 
 @dataclass
@@ -79,77 +82,101 @@ STEP_FORMATS = {"lines": LINES, "paragraphs": PARAGRAPHS, "xml": XML}  # the val
 IN_CACHE = 2**18  # logits that a CPU samples from at once: 1 MB in float32
 
 
-# ------------------------------------------------------------------ datasets, one function for each
+# ------------------------------------------------------------------- rows of published datasets
+
+# What the parts of a question are called, in the order in which they are looked for.
+QUESTION_FIELDS = ("question", "problem", "input")
+ANSWER_FIELDS = (
+    "answer",
+    "expected_answer",
+    "final_answer",
+    "target",
+    "correct",
+    "correct_answer",
+    "answerkey",
+)
+CHOICE_FIELDS = ("options", "choices")
+ID_FIELDS = ("id", "unique_id", "question_id", "problem_id")
+LETTERED = re.compile(r"\(?([A-Za-z])[).:]\s*(.*)", re.DOTALL)  # "A) 21"
+
+
+def plain(row: dict) -> Question | None:
+    """A row of your own file, or as datasets are published (docs/guide.md has a table).
+
+    Names of fields may be in capitals. A "body" (SVAMP, ASDiv) stands before its question, choices
+    (AQuA, MMLU) behind it. The answer is what GSM8K's mark #### or the solution's box says where no
+    field has it alone. None for a row without a question or an answer.
+    """
+    row = {str(key).lower(): value for key, value in row.items()}
+    question = next(filter(None, (text_field(row, key) for key in QUESTION_FIELDS)), "")
+    body = text_field(row, "body").rstrip(".")
+    question = f"{body}. {question}" if body and question else question
+    answer = next(filter(None, (text_field(row, key) for key in ANSWER_FIELDS)), "")
+    choices = next(filter(None, map(row.get, CHOICE_FIELDS)), None)
+    if question and choices:
+        number = any(type(row.get(key)) is int for key in ANSWER_FIELDS)
+        question, answer = with_choices(question, choices, answer, number)
+    solution = row.get("solution")
+    if "####" in answer:  # GSM8K; its solutions hold <<1+1=2>>
+        solution = solution or re.sub(r"<<[^<>]*>>", "", answer)
+        answer = extract_answer(answer)
+    elif not answer and isinstance(solution, str):  # MATH, Minerva, NuminaMath
+        answer = extract_answer(solution)
+    identity = next((str(row[key]) for key in ID_FIELDS if row.get(key) is not None), "")
+    return Question(identity, question, answer, solution) if question and answer else None
 
 
 def text_field(row: dict, key: str) -> str:
-    """A field that must hold text or a number; InputError if it does not."""
+    """A field as text, "" if it is missing or empty; the elements of a list are joined by commas.
+
+    InputError if it holds something else than text or numbers.
+    """
     value = row.get(key)
-    wrong = isinstance(value, bool) or not isinstance(value, (str, int, float))
-    if wrong or not str(value).strip():
-        raise InputError(f"needs a non-empty {key!r} (text or number)")
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if whole else str(value)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    texts = []
+    for one in values:
+        if not isinstance(one, (str, int, float)):
+            raise InputError(f"{key!r} must be text or a number, not {type(one).__name__}")
+        # 7.0 is 7, and 0.30000000000000004 is 0.3
+        texts.append(f"{one:.15g}" if isinstance(one, float) else str(one).strip())
+    return ", ".join(texts)
 
 
-def plain(row: dict) -> Question:
-    """A file of your own: {"question": "1+1?", "answer": "2"}, optionally "solution" and "id".
+def with_choices(question: str, choices, answer: str, number: bool) -> tuple[str, str]:
+    """A multiple-choice question with its choices, and the letter of the right one.
 
-    An answer that holds GSM8K's mark ("1+1=2 #### 2") is read as GSM8K's.
+    Choices are a list, a text, {"A": "21", ...} or {"label": ["A", ...], "text": ["21", ...]}. The
+    answer is a letter, a choice as it stands there, or (with `number`) which one it is, from 0 on.
     """
-    if "####" in text_field(row, "answer"):
-        return gsm8k(row)
-    identity = str(row.get("id", ""))
-    question = text_field(row, "question").strip()
-    return Question(identity, question, text_field(row, "answer"), row.get("solution"))
+    if isinstance(choices, str):
+        return f"{question}\n{choices.strip()}", answer
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):
+        pairs = list(zip(choices.get("label", []), choices["text"]))
+    elif isinstance(choices, dict):
+        pairs = list(choices.items())
+    else:
+        found = [LETTERED.fullmatch(str(text)) for text in choices]
+        pairs = [(chr(ord("A") + place), text) for place, text in enumerate(choices)]
+        pairs = [one.groups() for one in found] if all(found) else pairs
+    letters = [str(letter) for letter, _ in pairs]
+    texts = [str(text).strip() for _, text in pairs]
+    labelled = LETTERED.fullmatch(answer)
+    if number and 0 <= int(answer) < len(letters):
+        answer = letters[int(answer)]
+    elif answer in texts and answer not in letters:
+        answer = letters[texts.index(answer)]
+    elif labelled and labelled[1] in letters:  # "B) 22.5"
+        answer = labelled[1]
+    lines = [f"({letter}) {text}" for letter, text in zip(letters, texts)]
+    return "\n".join([question, *lines]), answer
 
 
-def gsm8k(row: dict) -> Question:
-    """{"question": "Natalia sold ...?", "answer": "She sold 48/2 = <<48/2=24>>24.\\n#### 24"}"""
-    chain = text_field(row, "answer")
-    answer = extract_answer(chain) if "####" in chain else None
-    if not answer:
-        raise InputError("no answer after '####'")
-    without_marks = re.sub(r"<<[^<>]*>>", "", chain)
-    question = text_field(row, "question").strip()
-    solution = row.get("solution") or without_marks
-    return Question(str(row.get("id", "")), question, answer, solution)
-
-
-def math(row: dict) -> Question | None:
-    """{"problem": "What is $1+1$?", "solution": "... $\\\\boxed{2}$.", "answer": "2"}
-
-    Two rows of the training set have an empty answer; they are left out.
-    """
-    if row.get("answer") == "":
-        return None
-    identity = str(row.get("unique_id", ""))
-    problem = text_field(row, "problem").strip()
-    return Question(identity, problem, text_field(row, "answer"), row.get("solution"))
-
-
-def svamp(row: dict) -> Question:
-    """{"ID": "chal-1", "Body": "Ann has 3 pens", "Question": "How many?", "Answer": 3.0}"""
-    body = text_field(row, "Body").strip().rstrip(".")
-    question = f"{body}. {text_field(row, 'Question')}".strip()
-    return Question(str(row.get("ID", "")), question, text_field(row, "Answer"))
-
-
-def mawps(row: dict) -> Question:
-    """{"input": "Joan has 3 pens and finds 4. How many has she?", "target": 7.0}"""
-    return Question("", text_field(row, "input").strip(), text_field(row, "target"))
-
-
-def prontoqa(row: dict) -> Question:
+def prontoqa(row: dict) -> Question | None:
     """{"question": "... True or false: ...?", "answer": [{"text": "... #### True"}]}"""
     answers = row.get("answer")
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], dict):
         raise InputError("needs an 'answer' that is a list of objects")
-    chain = str(answers[0].get("text", ""))
-    answer = extract_answer(chain)
-    if not answer:
-        raise InputError("no answer after '####'")
-    return Question("", text_field(row, "question").strip(), answer, chain)
+    return plain({**row, "answer": None, "solution": answers[0].get("text")})
 
 
 @dataclass(frozen=True)
@@ -172,11 +199,11 @@ MATH_500 = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/
 GSM8K = GITHUB + "/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
 DATASETS = {  # yours may be added
     "plain": Dataset(plain),
-    "gsm8k": Dataset(gsm8k, ("train", "test"), GSM8K),
-    "math": Dataset(math, ("train", "test"), QWEN + "/math/{split}.jsonl"),
-    "math500": Dataset(math, ("test",), MATH_500),
-    "svamp": Dataset(svamp, ("test",), QWEN + "/svamp/test.jsonl"),
-    "mawps": Dataset(mawps, ("singleop", "addsub", "multiarith"), QWEN + "/mawps/{split}.jsonl"),
+    "gsm8k": Dataset(plain, ("train", "test"), GSM8K),
+    "math": Dataset(plain, ("train", "test"), QWEN + "/math/{split}.jsonl"),
+    "math500": Dataset(plain, ("test",), MATH_500),
+    "svamp": Dataset(plain, ("test",), QWEN + "/svamp/test.jsonl"),
+    "mawps": Dataset(plain, ("singleop", "addsub", "multiarith"), QWEN + "/mawps/{split}.jsonl"),
     "prontoqa": Dataset(prontoqa, ("train", "test")),
 }
 
@@ -229,6 +256,11 @@ def download(name: str, split: str, data_dir: str) -> Path:
     return local
 
 
+CONVERT = (
+    "import pandas; pandas.read_{kind}({name!r}).to_json({new!r}, orient='records', lines=True)"
+)
+
+
 def read_rows(
     file: Path, limit: int | None = None, content: bytes | None = None
 ) -> Iterator[tuple[int, dict]]:
@@ -243,28 +275,63 @@ def read_rows(
         raise InputError(f"{file}: cannot be read ({reason})")
     lines = [pair for pair in enumerate(text.split("\n"), 1) if pair[1].strip()]
     for number, line in lines[:limit]:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}, line {number}: not valid JSON ({error})")
+        yield number, json_object(line, f"{file}, line {number}")
+
+
+def json_object(text: str, where: str):
+    """The object that a text holds; InputError, which begins with `where`, for anything else."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})")
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def read_published(file: Path, limit: int | None) -> Iterator[tuple[int, dict]]:
+    """(number, object) of each row of a question file: JSONL or a JSON array, plain or in gzip.
+
+    InputError for parquet and CSV, with the command that converts them.
+    """
+    try:
+        content = file.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file}: cannot be read ({reason})")
+    kinds = {".csv": "csv", ".parquet": "parquet"}
+    kind = "parquet" if content[:4] == b"PAR1" else kinds.get(file.suffix.lower())
+    if kind:
+        command = CONVERT.format(kind=kind, name=str(file), new=str(file.with_suffix(".jsonl")))
+        raise InputError(f'{file}: a {kind} file; convert it: python -c "{command}"')
+    content = content.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+    if content.lstrip()[:1] != b"[":
+        yield from read_rows(file, limit, content)
+        return
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not valid JSON ({error})")
+    for number, row in enumerate(rows[:limit], 1):
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise InputError(f"{file}, line {number}: expected a JSON object, got {kind}")
+            raise InputError(f"{file}, row {number}: expected a JSON object, got {kind}")
         yield number, row
 
 
 def to_question(row: dict, dataset: str, where: str, identity: str) -> Question | None:
     """A row of a dataset as a question, with `identity` as its id if it has none of its own.
 
-    None for a row without an answer; InputError, which begins with `where`, for a bad row.
+    None for a row without a question or answer; InputError, which begins with `where`, for a bad
+    row.
     """
     try:
         question = DATASETS[dataset].read(row)
     except InputError as error:
-        if dataset != "plain":
-            raise InputError(f"{where}, read as a row of {dataset}: {error}")
-        names = ", ".join(f"{name}:FILE" for name in DATASETS if name != "plain")
-        raise InputError(f"{where}: {error}; a published file is named as one of {names}")
+        kind = "" if dataset == "plain" else f", read as a row of {dataset}"
+        raise InputError(f"{where}{kind}: {error}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         kind = type(error).__name__
         raise InputError(f"{where}: not a row of {dataset} ({kind}: {error})")
@@ -277,6 +344,17 @@ def to_question(row: dict, dataset: str, where: str, identity: str) -> Question 
     if any("\ud800" <= letter <= "\udfff" for letter in letters):
         raise InputError(f"{where}: the text contains an unpaired surrogate")
     return question
+
+
+def new_id(identity: str, ids: set[str]) -> str:
+    """An id that is not in `ids`, and is added there: repeated ones get numbers."""
+    found = identity
+    number = 2
+    while found in ids:
+        found = f"{identity}-{number}"
+        number += 1
+    ids.add(found)
+    return found
 
 
 def load_questions(
@@ -299,18 +377,24 @@ def load_questions(
         if word in DATASETS and word != "plain":
             print(f"--data {word}: {file}")
         stem = file.stem if file == Path(word) else f"{file.parent.name}-{file.stem}"
-        for number, row in read_rows(file, limit):
-            where = f"{file}, line {number}"
-            question = to_question(row, dataset, where, f"{stem}-{number}")
+        empty = []  # rows without a question or an answer
+        for number, row in read_published(file, limit):
+            question = to_question(row, dataset, f"{file}, line {number}", f"{stem}-{number}")
             if question is None:
-                print(f"{where}: no answer; left out")
+                empty.append(number)
                 continue
-            if question.id in ids:
-                raise InputError(f"{where}: id {question.id!r} occurs twice")
-            ids.add(question.id)
+            question.id = new_id(question.id, ids)
             questions.append(question)
+        if empty:
+            print(
+                f"{file}: {len(empty)} rows left out, without a question or an answer; the first "
+                f"is line {empty[0]}"
+            )
     if not questions:
-        raise InputError(f"{spec}: no questions in this file")
+        raise InputError(
+            f"{spec}: no questions; a row needs one of {', '.join(QUESTION_FIELDS)}, and one of "
+            f"{', '.join(ANSWER_FIELDS)}"
+        )
     hard = [question.answer for question in questions if needs_algebra(question.answer)]
     if hard and not algebra.available():
         raise InputError(

@@ -1,249 +1,256 @@
 """Final answers: finds the one that a text states, and decides whether two are equal.
 
-There are three stages. The first that can decide counts.
+docs/grading.md has the rules. There are three stages; the first that can decide counts.
 
-1. Text, after LaTeX that does not change the meaning is gone.
-2. Exact rational numbers, also element by element in tuples, intervals and lists. The order of
-   elements counts, a percent sign is dropped (10 % = 10, not 1/10), and 0.333 is not 1/3.
-3. Algebra, where the right answer is not made of numbers or words. The optional package
-   math-verify does it, in a worker process of its own: this file, run as a script.
+1. Text, after notation that does not change the meaning is gone.
+2. Exact rational numbers, also element by element in tuples, intervals, lists, sets and matrices.
+3. Algebra (tasks/algebra.py), where the right answer is not made of numbers or words.
 """
 
-import importlib.util
-import json
-import logging
 import re
-import select
-import subprocess
-import sys
-from fractions import Fraction
+import time
+from typing import NamedTuple
+
+from tasks.algebra import algebra
+from tasks.exact import evaluate
+from tasks.notation import (
+    FUNCTION,
+    LONGEST,
+    NEXT_ROW,
+    PLAIN,
+    RELATION,
+    THOUSANDS,
+    changes,
+    measure,
+    normalise,
+)
 
 STAGES = ("none", "text", "number", "algebra")  # what can decide, in order
-WORKER_MEMORY = 2**31  # bytes of address space
+SECONDS = 1.2  # of algebra for a pair of answers, over all their elements
 
-# What stands before an answer, where one without braces ends, and what states none.
-MARK = re.compile(r"####|\\f?boxed\b|(?:[Tt]he (?:final )?answer is|[Ff]inal [Aa]nswer *:)")
-LINE_END = re.compile(r"\n|</p>|</step>")
+# ------------------------------------------------------------------------- finding a stated answer
+
+# What stands before an answer: an argument follows \boxed, a line the others.
+MARK = re.compile(
+    r"^[ \t*_#>]*(?:final )?answer[ \t*_]*(?:[:：]|$)|(?<!#)#{4}(?!#)|\\(?:boxed|fbox)(?![A-Za-z])"
+    r"|<answer>|\b(?:the|my|our) (?:final |correct |right )?(?:answers?|option|choice) (?:is|are)\b"
+    r"|\bfinal answer\b(?: is\b)?",
+    re.IGNORECASE | re.MULTILINE,
+)
+HEADING = re.compile(  # of a Markdown section, behind ####
+    r"[ \t*_]*(?:step|part|case|solution|conclusion|explanation|problem|summary|check)\b"
+    r"|[ \t*_]*(?:\d+\. +[A-Z][^\n]*|(?!(?:true|false|yes|no|[A-J])[ .]*\n)[^\n\d$\\]*)\n\s*\S",
+    re.IGNORECASE,
+)
+LINE_END = re.compile(r"\n|</p>|</step>|</answer>|<\|")
+MARKS = 20  # the last marks of a text, those that are looked at
 CODE = re.compile(r"<(code|output)>.*?(</\1>|\Z)", re.DOTALL)
-
-# Answers of words alone, and answers with words in them that are not functions.
-PLAIN = re.compile(r"[A-Za-z][A-Za-z .'-]*")
-PROSE = re.compile(
-    r"(?<![\\A-Za-z])(?!sqrt|sin|cos|tan|log|ln|pi)[A-Za-z]{3,}|(?<![\\A-Za-z])or(?![A-Za-z])"
+BULLET = re.compile(r"\A(?:[-*•>]\s+|\d+\.\s+)+(?=\S)")
+BETWEEN_BOXES = re.compile(r"[\s$*]*(?:[,;]|\\text\{ ?, ?\})(?:\s+and\b)?[\s$*]*")
+FORMULA = re.compile(  # between its delimiters; a lone $ is a dollar
+    r"\$\$(.{1,500}?)\$\$|\$(?!\s)([^$\n]{1,500}?)(?<!\s)\$(?!\d)"
+    r"|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]",
+    re.DOTALL,
 )
-
-# LaTeX that `normalise` removes or writes in one way.
-SPACING = re.compile(
-    r"\\(?:[!,;:> ]|left\b|right\b|displaystyle\b|q?quad\b)|[~\s]+|(?<![\\A-Za-z])\\$"
+BETWEEN_FORMULAS = re.compile(r"\s{0,9}(?:[,;](?:\s+(?:and|or)\b)?|\s(?:and|or)\b)\s{0,9}")
+GOES_ON = re.compile(r"\s*(?:[-+*/=<>:^]|(?:to|times|or|out of|plus|minus|over)\b|[a-z]+ [$\d])")
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ \u00a0]\d{3})+(?![\d/])|\d+)"
+NUMBER = re.compile(  # with a sign, a currency, a fraction, a percent sign and a scale
+    rf"[-+−±]?\s?(?:\\?[$€£¥])?[-+−]?(?:{DIGITS}(?:\.\d+)?|\.\d+)"
+    r"(?:\s?/\s?\d+|\s\d+/\d+)?(?:\s?\\?%)?(?:\s(?:hundred|thousand|million|billion|trillion)\b)?"
 )
-SIGNS = re.compile(r"\\(?:\$|%)|[$%]|\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree")
-SIZED_FRACTION = re.compile(r"\\[dtc]frac")
-ARGUMENT = re.compile(r"(\\frac|\\sqrt)(?![A-Za-z{\[])(\w|\\[A-Za-z]+)")  # without braces
-SECOND_ARGUMENT = re.compile(r"(\\frac\{[^{}]*\})(\w)")
-WORDS = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
-UNITS = re.compile(  # after a number or a bracket: \text{cm}^2, or letters such as km/h
-    r"(?<=[\d})])(?:\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?|[A-Za-z]{2,}(?:/[A-Za-z]+)?)$"
+NEVER_PROSE = rf"(?!(?:{FUNCTION}|pi|theta|or|and)(?![a-z]))"
+AFTER_NUMBER = re.compile(  # the sentence's end, a clause, a note, or a unit
+    rf"[.,;:!?]*(?:\*\*|__)?[.,;:!?]*$|(?:\*\*|__)[\s.,;:!?]|[.!?]\s+[A-Z]|[,;]\s+{NEVER_PROSE}[A-Za-z]{{2}}"
+    rf"|\s\((?=[A-Za-z]{{2,}}[ )])|\s[—–-]\s{NEVER_PROSE}[A-Za-z]{{2}}"
+    r"|°[CF]?(?:[\s.,]|$)|/(?:year|month|week|day|hour|hr|h|minute|min|second|s|person)\b"
 )
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+WORDS_AFTER_NUMBER = re.compile(r"\s([A-Za-z][A-Za-z'-]*)(?:,? (?:and )?(\S+))?")
+SHORT_PROSE = re.compile("an?|in|of|is|as|at|by|if|on|[ckm]m|kg|ft|lb|[ap]m", re.IGNORECASE)
+BEFORE = re.compile(  # words between "the answer is" and the answer
+    r"\A(?:(?:therefore|thus|then|approximately|about|around|roughly|exactly|equal to|given by"
+    r"|simply|just|now|actually|of course|the number|a total of|option|choice"
+    r"|≈|=>|->|→|=|\.\.\.)[,:]?\s*)+",
+    re.IGNORECASE,
+)
+JUDGEMENTS = {"correct", "incorrect", "wrong", "right", "valid", "reasonable", "unique", "known"}
+ABOUT_IT = JUDGEMENTS | {  # how a sentence about the answer goes on after "the answer is"
+    *("not", "the", "a", "an", "that", "what", "as", "also", "in", "found", "obtained", "verified"),
+    *("based", "expected", "supported", "consistent", "clear", "positive", "negative", "unknown"),
+}
+SENTENCE_END = re.compile(r"(?<=[^\s.])[.!](?=\s+[A-Z])|,?\s(?=(?:because|since|which|where|so)\s)")
 
 
 def extract_answer(text: str) -> str | None:
     """The answer that a text states; None where it states none.
 
-    It follows the last `####` or `\\boxed`. Where there is neither, it follows the last "The
-    answer is" or "Final Answer:". Code (`<code>`) and what it printed (`<output>`) state none.
+    It follows the last `####` or `\\boxed`. Where there is neither, it follows the last "The answer
+    is", "Final Answer", "Answer:" at the beginning of a line, or `<answer>`. Boxes joined by commas
+    are a list. What a text says while it thinks (`<think>`), code (`<code>`) and what it printed
+    (`<output>`) state none.
     """
+    text = text.rpartition("</think>")[2]
     if "<code>" in text or "<output>" in text:
         text = CODE.sub("", text)
-    marks = list(MARK.finditer(text))
-    strong = [mark for mark in marks if mark[0][0] in "#\\"]
-    for mark in (strong or marks)[:-20:-1]:  # the last one first, at most 19
+    marks = list(MARK.finditer(text))[-2 * MARKS :]
+    marks = [mark for mark in marks if not is_heading(mark, text)]
+    strong = [mark for mark in marks if mark[0] == "####" or mark[0][0] == "\\"]
+    boxes = []  # the last boxes, from right to left
+    begin = 0  # of the leftmost of them
+    for mark in (strong or marks)[: -MARKS - 1 : -1]:  # the last one first
         rest = text[mark.end() :]
         if mark[0][0] != "\\":
-            line = LINE_END.split(rest, maxsplit=1)[0]
-            return line.strip(" :\t\r").rstrip(".").strip() or None
-        found = boxed(rest)
-        if found and found.strip():
-            return found.strip().rstrip(".").strip() or None
-    return None
+            found = ",".join(reversed(boxes)) or first_answer(rest, mark[0] != "####")
+            if strong or found and not is_judgement(found):
+                return found
+            continue
+        found, length = boxed(rest)
+        if not found:
+            continue
+        if boxes and not BETWEEN_BOXES.fullmatch(rest[length : begin - mark.end()]):
+            break
+        boxes.append(found)
+        begin = mark.start()
+    return ",".join(reversed(boxes)) or None
 
 
-def boxed(rest: str) -> str | None:
-    """The argument of `\\boxed`, with or without braces; `rest` is the text after it."""
-    rest = rest.lstrip(" \t")
-    if rest.startswith("{"):
-        return braced(rest)
-    digits = re.match(r"\d+", rest)
-    return digits[0] if digits else None
+def is_heading(mark: re.Match, text: str) -> bool:
+    """Whether a mark #### is that of a Markdown heading."""
+    return mark[0] == "####" and bool(HEADING.match(text[mark.end() : mark.end() + LONGEST]))
+
+
+def is_judgement(found: str) -> bool:
+    """Whether what follows "the answer is" says something about the answer: "correct"."""
+    first, *others = found.lower().split()
+    return first.strip(",") in (ABOUT_IT if others else JUDGEMENTS)
+
+
+def boxed(rest: str) -> tuple[str | None, int]:
+    """The argument of `\\boxed`, with or without braces, and where it ends.
+
+    `rest` is the text after `\\boxed`.
+    """
+    space = len(rest) - len(rest.lstrip())
+    if rest[space : space + 1] == "{":
+        inside = braced(rest[space:]) or ""
+        return inside.strip().rstrip(".").strip() or None, space + len(inside) + 2
+    digits = re.compile(r"-?\d+(?:\.\d+)?").match(rest, space)
+    return (digits[0], digits.end()) if digits else (None, 0)
 
 
 def braced(text: str) -> str | None:
     """The inside of the braces that the text begins with; None where they do not close."""
     depth = 0
-    for index, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
+    for found in re.finditer("[{}]", text):
+        depth += 1 if found[0] == "{" else -1
         if depth == 0:
-            return text[1:index]
+            return text[1 : found.start()]
     return None
 
 
-def normalise(answer: str) -> str:
-    """The answer without what does not change its meaning.
+def first_answer(rest: str, next_line: bool) -> str | None:
+    """The first complete answer of the text after a mark, without the sentence behind it.
 
-    Sizes, spaces, dollars, percent and degree signs, and units are removed.
+    With `next_line` it may stand on the next line that is not empty.
     """
-    # Doubled backslashes, and \frac and \text whose backslash was read as an escape.
-    text = answer.replace("\\\\", "\\").replace("\x0c", "\\f").replace("\t", "\\t")
-    text = text.strip().strip("$").rstrip(".")
-    for left, right in (("\\(", "\\)"), ("\\[", "\\]")):
-        text = text.removeprefix(left).removesuffix(right)
-    text = SIZED_FRACTION.sub(r"\\frac", text)
-    text = SIGNS.sub("", text)
-    whole = WORDS.fullmatch(text.strip())
-    text = whole[1] if whole else text
-    if PLAIN.fullmatch(text.strip()):
-        return " ".join(text.split()).lower()
-    text = SPACING.sub("", text)
-    text = UNITS.sub("", text)
-    text = WORDS.sub(r"\1", text)
-    text = ARGUMENT.sub(r"\1{\2}", text)  # \frac12 is \frac{1}2,
-    text = SECOND_ARGUMENT.sub(r"\1{\2}", text)  # and that is \frac{1}{2}
-    text = re.sub(r"\^\{(\w)\}", r"^\1", text)  # ^{2} is ^2
-    text = re.sub(r"\^(-\w+)", r"^{\1}", text)  # ^-1 is ^{-1}
-    text = re.sub(r"(?<![\d}])\.(?=\d)", "0.", text)  # .5 is 0.5
-    return re.sub(r"^[A-Za-z]=(?!.*=)", "", text)  # x=5 is 5
+    rest = rest[: 3 * LONGEST]
+    here, _, below = rest.partition("\n")
+    if next_line and not here.strip(" \t\r:：*_"):
+        rest = BULLET.sub("", below.lstrip(), count=1)
+    rest = BEFORE.sub("", rest.lstrip(" \t\r:：*_"), count=1)
+    formula = formulas(rest)
+    if formula:
+        return formula
+    line = LINE_END.split(rest, maxsplit=1)[0].strip()
+    number = NUMBER.match(line)
+    if number and is_prose(line[number.end() :]):
+        line = number[0]
+    else:
+        end = SENTENCE_END.search(line)
+        line = line[: end.start()] if end else line
+    return line.strip(" \t*_:").rstrip(".,;").strip(" \t*_") or None
 
 
-def to_number(text: str) -> Fraction | None:
-    """Exact value of a rational expression; None for anything else.
+def formulas(rest: str) -> str:
+    """The formula that a text begins with, and those that commas, "and" or "or" join to it.
 
-    An expression has numbers, + - * / ^, brackets, \\frac and mixed numbers.
+    Empty if it begins with none, or if the sentence around it belongs to the answer.
     """
-    text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), normalise(text))
-    if not text or len(text) > 200:
-        return None
-    text = text.replace("\\cdot", "*").replace("\\times", "*").replace("\\div", "/")
-    tokens = re.findall(r"\d+(?:\.\d*)?|\\frac|[-+*/^(){}]|.", text)
-    try:
-        value, rest = total(tokens[::-1], 0)
-    except (ValueError, ZeroDivisionError, OverflowError, IndexError):
-        return None
-    return None if rest else value
+    formula = FORMULA.match(rest)
+    found = ""
+    end = 0
+    while formula:
+        found += next(filter(None, formula.groups())).strip()
+        end = formula.end()
+        link = BETWEEN_FORMULAS.match(rest, end)
+        formula = link and FORMULA.match(rest, link.end())
+        found += link[0] if formula else ""
+    return "" if GOES_ON.match(rest, end) else found.rstrip(".")
 
 
-def total(tokens: list[str], depth: int) -> tuple[Fraction, list[str]]:
-    """The value of the longest sum at the end of `tokens`, and what is left.
-
-    Here and in `power` and `atom`, `tokens` is reversed, and what is read is taken off its end.
-    `depth` counts the brackets around it. ValueError, ZeroDivisionError, OverflowError or
-    IndexError where there is no such value.
-    """
-    value = Fraction(0)
-    sign = 1
-    while True:
-        while tokens and tokens[-1] in "+-":
-            sign = -sign if tokens.pop() == "-" else sign
-        term = power(tokens, depth)
-        while tokens and tokens[-1] in "*/":
-            if tokens.pop() == "*":
-                term *= power(tokens, depth)
-            else:
-                term /= power(tokens, depth)
-        value += sign * term
-        if not tokens or tokens[-1] not in "+-":
-            return value, tokens
-        sign = 1
+def is_prose(tail: str) -> bool:
+    """Whether what follows a number is a unit or the rest of the sentence, not of a formula."""
+    if AFTER_NUMBER.match(tail):
+        return True
+    words = WORDS_AFTER_NUMBER.match(tail)
+    if not words or changes(words[1]):
+        return words is not None and words[1] == "and" and is_word(words[2])
+    if re.match(r"[-+*/^=<>(\\]|[$]?\d", words[2] or ""):  # "5 xy + 2", "5 hours 30 minutes"
+        return False
+    return (
+        len(words[1]) > 2
+        or SHORT_PROSE.fullmatch(words[1])
+        and (len(words[1]) > 1 or bool(words[2]))
+    )
 
 
-def power(tokens: list[str], depth: int) -> Fraction:
-    """The value of a factor, with its exponent where it has one."""
-    base = atom(tokens, depth)
-    if tokens and tokens[-1] == "^":
-        tokens.pop()
-        exponent = atom(tokens, depth)
-        whole = exponent.denominator == 1 and abs(exponent) <= 64
-        small = max(abs(base.numerator), base.denominator) <= 10**6
-        if not (whole and small):  # such as 9^9^9^9, which would take forever
-            raise ValueError("not a small whole power")
-        base = base ** int(exponent)
-    return base
+def is_word(text: str | None) -> bool:
+    """Whether a text is a word of a sentence, not a part of a formula."""
+    return bool(text and re.fullmatch(r"[A-Za-z]{2,}[.,]?", text) and not changes(text.strip(".,")))
 
 
-def atom(tokens: list[str], depth: int) -> Fraction:
-    """The value of a number, a fraction, a mixed number or an expression in brackets."""
-    token = tokens.pop()
-    if depth > 30:
-        raise ValueError("too deep")
-    if token in "({":
-        value, _ = total(tokens, depth + 1)
-        if tokens.pop() != {"(": ")", "{": "}"}[token]:
-            raise ValueError("brackets do not match")
-        return value
-    if token == "\\frac":
-        if tokens[-1] != "{":
-            raise ValueError("\\frac needs braces")
-        return atom(tokens, depth) / atom(tokens, depth)
-    value = Fraction(token)  # ValueError for anything that is not a number
-    if tokens and tokens[-1] == "\\frac" and "." not in token:
-        value += atom(tokens, depth)  # a mixed number
-    return value
+# ------------------------------------------------------------------------------------ whole answers
 
-
-def elements(text: str) -> tuple[str, list[str]]:
-    """Brackets and elements of a tuple, interval or list.
-
-    Anything else is one element with brackets "".
-    """
-    if len(text) > 2000:
-        return "", [text]
-    inside = text
-    brackets = ""
-    if len(text) > 1 and text[0] in "([" and text[-1] in ")]":
-        inside = text[1:-1]
-        brackets = text[0] + text[-1]
-    elif text.startswith("\\{") and text.endswith("\\}"):
-        inside = text[2:-2]
-        brackets = "{}"
-    parts = [""]
-    depth = 0
-    for character in inside:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return "", [text]
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return (brackets, parts) if len(parts) > 1 else ("", [text])
+NAME = re.compile(r"\\?[A-Za-z][\\A-Za-z\d_'. ]*")  # without what stands in brackets
+SUM_NAME = re.compile(r"[A-Za-z](?:[-+]?[A-Za-z])*|\|[A-Za-z]+\||\[[A-Z]{3,}\]")  # m+n
+SUCH_THAT = re.compile(r"\\{[A-Za-z](?:\\mid|\||:)(.*)\\}")  # {x: x>1}
+GROUP = re.compile(r"\{[^{}]*\}|\([^()]*\)|\[[^\[\]]*\]")
+RELATION_SIGN = re.compile(r"=|\\approx(?![A-Za-z])|\\in(?![A-Za-z])")
+BASED = re.compile(r"\(?(\d[0-9A-Fa-f]*)\)?_\{?(\d+)\}?")  # 101_2
+MATRIX = re.compile(
+    r"[(\[]?\\begin\{([bpvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}[)\]]?", re.DOTALL
+)
+CONDITION = re.compile(rf"{RELATION.pattern}|\\(?:cup|cap|setminus)(?![A-Za-z])")
+COMMA, SEMICOLON, COLON = re.compile(","), re.compile(";"), re.compile(":")
+PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+LETTER = re.compile(r"[$*(\s]*(?:\\text(?:bf)?\{)?[$*(\s]*([A-J])[)}.:$*\s]*")  # the right choice
+LABELLED = re.compile(  # a choice with what it says: "(A) 21", "A. 21", "Option A"
+    r"[$*(\s]*(?:\\text(?:bf)?\{)?[$*\s]*"
+    r"(?:\(([A-J])\)|([A-J])[).:](?=\s)|(?:[Oo]ption|[Cc]hoice) ([A-J])\b)(?!\s*[-+*/^=(]).*"
+)
+DOTS = re.compile(r"\\[lc]?dots(?![A-Za-z])")
+PROSE = re.compile(
+    r"(?<![\\A-Za-z])(?!sqrt|sin|cos|tan|log|ln|pi)[A-Za-z]{4,}|(?<![\\A-Za-z])(?:the|not|for|all)(?![A-Za-z])"
+)
 
 
 def compare_answers(prediction: str | None, answer: str) -> tuple[bool, str]:
     """Whether two answers are equal, and which of STAGES decided."""
     if prediction is None or not prediction.strip():
         return False, "none"
-    left = normalise(prediction)
-    right = normalise(answer)
-    if left == right:
-        return True, "text"
-    values = to_number(prediction), to_number(answer)
-    if None not in values:
-        return values[0] == values[1], "number"
-    left_brackets, left_parts = elements(left)
-    right_brackets, right_parts = elements(right)
-    if len(left_parts) != len(right_parts) or left_brackets != right_brackets:
+    for one, other in ((prediction, answer), (answer, prediction)):
+        choice, letter = LABELLED.fullmatch(one[:LONGEST]), LETTER.fullmatch(other[:50])
+        if choice and letter:
+            return letter[1] in choice.groups(), "text"
+    measures = {measure(prediction[-50:]), measure(answer[-50:])} - {""}
+    if len(measures) == 2:  # 2 hours are not 2 minutes
         return False, "text"
-    if len(left_parts) > 1:
-        return compare_elements(left_parts, right_parts)
-    if not left or is_text(left) or not needs_algebra(answer) or not algebra.available():
-        return False, "text"
-    return algebra.equal(left, right), "algebra"
-
-
-def compare_elements(left_parts: list[str], right_parts: list[str]) -> tuple[bool, str]:
-    """Whether all elements are equal in their order, and the latest stage that one of them took."""
-    found = [compare_answers(left, right) for left, right in zip(left_parts, right_parts)]
-    latest = max((stage for _, stage in found), key=STAGES.index)
-    return all(equal for equal, _ in found), latest
+    left, right = normalise(prediction), normalise(answer)
+    name, equal, value = left.rpartition("=")
+    if equal and SUM_NAME.fullmatch(name) and evaluate(right) is not None:  # m+n=33
+        left = value
+    algebra.until = time.monotonic() + SECONDS
+    return compare(left, right, 0)
 
 
 def is_correct(prediction: str | None, answer: str) -> bool:
@@ -251,94 +258,192 @@ def is_correct(prediction: str | None, answer: str) -> bool:
     return compare_answers(prediction, answer)[0]
 
 
+def compare(left: str, right: str, depth: int) -> tuple[bool, str]:
+    """`compare_answers` of normalised answers, `depth` lists inside others."""
+    if left == right or max(len(left), len(right)) > LONGEST or depth > 5:
+        return left == right, "text"
+    whole = left, right
+    left_name, left = split_name(left)
+    right_name, right = split_name(right)
+    if left_name and right_name and left_name != right_name:  # x=5 is not y=5
+        return by_algebra(*whole)
+    if left == right:
+        return True, "text"
+    values = evaluate(left), evaluate(right)
+    if None not in values:
+        return values[0] == values[1], "number"
+    parts = split_parts(left), split_parts(right)
+    sizes = [len(one.elements) for one in parts]
+    if parts[0].brackets != parts[1].brackets or sizes[0] != sizes[1]:
+        sets = CONDITION.search(left) or CONDITION.search(right)  # 3<x<5 is (3,5)
+        return by_algebra(left, right) if sets else (False, "text")
+    large = [text for text in (left, right) if THOUSANDS.fullmatch(text)]
+    if large and (",0" in "".join(large) or not numeric(*parts)):
+        return False, "text"  # 1,200 may be a list of numbers, but not x=1,y=200; 1,020 is no list
+    if sizes[0] > 1:
+        return compare_parts(*parts, depth)
+    if (left, right) != (parts[0].elements[0], parts[1].elements[0]):  # without brackets
+        return compare(parts[0].elements[0], parts[1].elements[0], depth + 1)
+    if BASED.fullmatch(left) or BASED.fullmatch(right):
+        return compare_bases(left, right), "text"
+    found = by_algebra(left, right)
+    both = not found[0] and all("=" in text for text in whole) and whole != (left, right)
+    return by_algebra(*whole) if both else found
+
+
+def numeric(*parts: "Parts") -> bool:
+    """Whether all elements of all parts are numbers."""
+    return all(evaluate(element) is not None for one in parts for element in one.elements)
+
+
+def by_algebra(left: str, right: str) -> tuple[bool, str]:
+    """Stage 3, where it can decide."""
+    both = left + right
+    undecidable = is_text(left) or is_text(right) or DOTS.search(both) or NEXT_ROW in both
+    if not left or undecidable or not algebra.available():
+        return False, "text"
+    return algebra.equal(left, right), "algebra"
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """The name that stands before the value of an answer, and the value.
+
+    Only names (`x=5`, `f(3)=5`, `(p,q)=(1,2)`) and equal numbers (`2+3=5`) are split off. What
+    follows `\\approx` is not the value if an exact one stands before it. An equation whose left
+    side is an expression is a value as a whole.
+    """
+    exact, *rounded = split_outside(text, re.compile(r"\\approx(?![A-Za-z])"))
+    if rounded and not is_name(exact):
+        text = exact
+    *names, value = split_outside(text, RELATION_SIGN)
+    number = evaluate(value)
+    for name in names:
+        if not is_name(name) and (number is None or evaluate(name) != number):
+            return "", text
+    names = [name for name in names if evaluate(name) is None]
+    return ("=".join(names), value) if value else ("", text)
+
+
+def is_name(text: str) -> bool:
+    """Whether a text names a quantity: it has letters, and outside brackets no operator."""
+    outside = text
+    for _ in range(5):
+        outside = GROUP.sub("", outside)
+    if not outside:  # (p,q)
+        return text[:1] == "(" and bool(re.fullmatch(r"[A-Za-z,_\d]+", text[1:-1]))
+    if outside == "\\frac" and not re.search(r"[A-Za-z]", text[5:]):
+        return False
+    outside = outside.rpartition(":")[2]  # S_1:S=1:2
+    return bool(NAME.fullmatch(outside)) and not re.match(r"\\(?:sqrt|sum|int|prod)", outside)
+
+
+def split_outside(text: str, separator: re.Pattern) -> list[str]:
+    """The pieces of a text between separators that stand in no brackets.
+
+    The text as one piece if its brackets do not match.
+    """
+    pieces = []
+    begin = depth = 0
+    place = 0
+    while place < len(text):
+        found = separator.match(text, place) if depth == 0 else None
+        if found:
+            pieces.append(text[begin : found.start()])
+            begin = place = found.end()
+            continue
+        depth += (text[place] in "([{") - (text[place] in ")]}")
+        if depth < 0:
+            return [text]
+        place += 1
+    return [*pieces, text[begin:]]
+
+
+class Parts(NamedTuple):
+    """The elements of an answer. Lists and sets have no brackets, a matrix has its shape there."""
+
+    brackets: str
+    elements: list[str]
+    ordered: bool = True
+
+
+def split_parts(text: str) -> Parts:
+    """The elements of a tuple, interval, list, ratio, set or matrix; a `\\pm` is two elements.
+
+    Anything else is one element.
+    """
+    matrix = MATRIX.fullmatch(text)
+    if matrix:
+        kind = matrix[1] if matrix[1][0] in "vV" else "matrix"  # those are determinants and norms
+        rows = [row.split("&") for row in matrix[2].rstrip(NEXT_ROW).split(NEXT_ROW)]
+        return Parts(f"{kind} {[*map(len, rows)]}", [cell for row in rows for cell in row])
+    elements = split_outside(text, SEMICOLON if ";" in text else COMMA)
+    brackets = ""
+    a_set = text.startswith("\\{") and text.endswith("\\}") and not SUCH_THAT.search(text)
+    if len(elements) == 1 and (a_set or text and text[0] in "([" and text[-1] in ")]"):
+        inside = text[2:-2] if a_set else text[1:-1]
+        elements = split_outside(inside, SEMICOLON if ";" in inside else COMMA)
+        if len(elements) > 1 and not a_set:
+            brackets = text[0] + text[-1]
+        elif text[0] == "[" or not balanced(inside) or inside == "\\emptyset":
+            elements = [text]
+    elif len(elements) == 1:
+        elements = split_outside(text, COLON)
+        brackets = ":" if len(elements) > 1 else ""
+    signed = []
+    for element in elements:
+        signs = "+-" if len(PLUS_MINUS.findall(element)) == 1 else ""
+        signed += [
+            PLUS_MINUS.sub(sign, element).strip().lstrip("+").replace("+ ", "+").replace("- ", "-")
+            for sign in signs
+        ] or [element]
+    return Parts(brackets, signed, ordered=not a_set and len(signed) == len(elements))
+
+
+def balanced(text: str) -> bool:
+    """Whether no bracket closes before it opens."""
+    return split_outside(text + ",", COMMA) != [text + ","]
+
+
+def compare_parts(left: Parts, right: Parts, depth: int) -> tuple[bool, str]:
+    """Whether all elements are equal, and the latest stage that one of them took.
+
+    In their order, unless one side is a set, or all have names: x=1,y=2.
+    """
+    waiting = list(right.elements)
+    stages = []
+    names = [sorted(split_name(element)[0] for element in one.elements) for one in (left, right)]
+    ordered = left.ordered and right.ordered and not (all(names[0]) and names[0] == names[1])
+    for element in left.elements:
+        for place, other in enumerate(waiting[:1] if ordered else waiting):
+            same, stage = compare(element, other, depth + 1)
+            if left.brackets == ":" and stage == "algebra":  # 3:00pm
+                same = False
+            if same:
+                waiting.pop(place)
+                break
+        stages.append(stage)
+        if not same:
+            return False, max(stages, key=STAGES.index)
+    return True, max(stages, key=STAGES.index)
+
+
+def compare_bases(left: str, right: str) -> bool:
+    """Whether two numbers are the same digits in the same base; one without a base is another."""
+    found = [BASED.fullmatch(text) for text in (left, right)]
+    if None in found:
+        return False
+    return len({(one[1].lstrip("0"), one[2]) for one in found}) == 1
+
+
 def is_text(answer: str) -> bool:
     """Whether an answer is words, not algebra."""
-    return bool(PLAIN.fullmatch(answer) or PROSE.search(answer))
+    return bool(PLAIN.fullmatch(answer) and len(answer) > 3 or PROSE.search(answer))
 
 
 def needs_algebra(answer: str) -> bool:
     """Whether grading against this answer may need stage 3."""
-    _, parts = elements(normalise(answer))
-    return any(to_number(part) is None and not is_text(part) for part in parts)
-
-
-class Algebra:
-    """math-verify in a worker process of at most 2 GiB.
-
-    A comparison may take `limit` seconds. After that the worker is killed, the next comparison
-    starts a new one, and the answers count as unequal.
-    """
-
-    def __init__(self, limit: float = 1.5):
-        self.limit = limit
-        self.process = None
-        self.known = {}  # (left, right) -> whether they are equal
-
-    @staticmethod
-    def available() -> bool:
-        """Whether math-verify is installed."""
-        return importlib.util.find_spec("math_verify") is not None
-
-    def equal(self, left: str, right: str) -> bool:
-        """Whether two normalised answers are equal. Each pair is asked once."""
-        if (left, right) not in self.known:
-            self.known[left, right] = self.ask(left, right)
-        return self.known[left, right]
-
-    def ask(self, left: str, right: str) -> bool:
-        """The worker's verdict on a pair; False where it gives none in time."""
-        if self.process is None:
-            self.start()
-        try:
-            self.process.stdin.write(json.dumps([left, right]) + "\n")
-            self.process.stdin.flush()
-            found = self.answer(self.limit)
-        except OSError:
-            found = ""
-        if not found:
-            self.process.kill()
-            self.process = None
-        return found == "true\n"
-
-    def start(self):
-        """Start the worker, and wait up to a minute for its imports."""
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.answer(60)  # it says when its imports are done
-
-    def answer(self, limit: float) -> str:
-        """The worker's next line; "" where it does not come within `limit` seconds."""
-        if not select.select([self.process.stdout], [], [], limit)[0]:
-            return ""
-        return self.process.stdout.readline()
-
-
-def work():
-    """The worker: reads a pair of answers a line, and writes true or false a line."""
-    import resource
-
-    from math_verify import parse, verify
-
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = WORKER_MEMORY if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    logging.disable(logging.CRITICAL)
-    verify(parse("$x+1$"), parse("$1+x$"))  # loads what the first comparison needs
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            left, right = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
-            print(json.dumps(bool(verify(right, left, timeout_seconds=None))), flush=True)
-        except Exception:  # whatever the library trips over is not an equality
-            print("false", flush=True)
-
-
-algebra = Algebra()
-
-if __name__ == "__main__":
-    work()
+    text = normalise(answer)
+    if len(text) > LONGEST or PLAIN.fullmatch(text):
+        return False
+    elements = split_parts(split_name(text)[1]).elements
+    return any(evaluate(split_name(one)[1]) is None and not is_text(one) for one in elements)

@@ -17,7 +17,9 @@ from model import Llama, read_config, save_model
 from support.flags import InputError
 from svpo import LossConfig, learn, pack
 from tasks.code_steps import split_xml
-from tasks.grading import compare_answers, elements, extract_answer, normalise, to_number
+from tasks.exact import to_number
+from tasks.grading import compare_answers, extract_answer, split_parts
+from tasks.notation import normalise
 
 COUNT = 100_000 if LONG else 300
 SHARED = ROOT.parent / "shared" / "data"
@@ -51,7 +53,7 @@ def test_grading(prediction, answer):
     """Catches a grader that trips, or takes long, over an answer of any text."""
     extract_answer(prediction)
     to_number(prediction)
-    elements(normalise(prediction))
+    split_parts(normalise(prediction))
     equal, stage = compare_answers(prediction, answer)
     assert stage in ("none", "text", "number", "algebra") and (not equal or prediction.strip())
     itself, _ = compare_answers(prediction, prediction)

@@ -9,17 +9,16 @@ from conftest import ROOT
 
 from data import load_questions
 from support.flags import InputError
+from tasks.algebra import Algebra, algebra
+from tasks.exact import to_number
 from tasks.grading import (
-    Algebra,
-    algebra,
     compare_answers,
-    elements,
     extract_answer,
     is_correct,
     needs_algebra,
-    normalise,
-    to_number,
+    split_parts,
 )
+from tasks.notation import normalise
 
 SHARED = ROOT.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the files of ../shared/data")
@@ -36,7 +35,7 @@ def rows(path):
         (r"so \boxed{42} it is", "42"),
         (r"\boxed{a}, later \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"it is $\boxed 2$.", "2"),
-        (r"\fbox{3}", None),
+        (r"\fbox{3}", "3"),
         (r"\boxed{open", None),
         (r"\boxed{1} and \boxed{open", "1"),
         ("Final Answer: 14/3", "14/3"),
@@ -88,6 +87,205 @@ def test_compare_answers(prediction, answer, same, stage):
     assert compare_answers(prediction, answer) == (same, stage)
 
 
+DIFFERENT = r"""
+digits over spaces | 2 3 = 23 ; 1 1/2 = 11/2 ; 4\ 5 = 45 ; 1 2 3 = 123 ; 1,2 = 1.2
+letters, not units | 3xy = 3 ; 2pi = 2 ; 20xy = 20 ; 3m = 3 ; 3 m = 3 ; 5ab = 5cd ; 2x = 2
+letters, not units | 3 squared = 3
+other measures | 5 million = 5 ; 3 fifths = 3 ; 3 hours 20 minutes = 3 ; 3 feet 2 inches = 3
+other measures | 50 cents = 0.5
+bases | 101_2 = 101_3 ; 101_2 = 101 ; 205_5 = 204_5
+tiny and large | 1/2^{98} = 1/2^{99} ; \frac{1}{2006!} = \frac{1}{2004!} ; 10^{101} = 10^{100}
+series | 1+1/2+\ldots = 1+1/3+\ldots
+rounded | 0.333 = 1/3 ; 2\pi = 6.2831853 ; \sqrt{2} = 1.41421356
+order and brackets | (1,2) = (2,1) ; [1,2] = (1,2) ; 2,1 = 1,2 ; \{1,1,2\} = \{1,2,2\}
+parts | 5 or 6 = 5 ; 5 = 5, 6 ; \pm 3 = 3 ; (1,2),(3,4) = (1,2),(3,5)
+matrices | \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}1&2\end{pmatrix}
+determinants | \begin{vmatrix}1&2\\3&4\end{vmatrix} = \begin{pmatrix}1&2\\3&4\end{pmatrix}
+choices | (B) A = A ; A = B
+times of day | 3:00 p.m. = 3:00 a.m. ; 12:00 = 12
+branches | \sqrt{x^2} = x ; |x| = x
+bounds | 3<x<5 :: [3,5] ; x\ge 2 :: (2,\infty) ; x \leq 3 :: x < 3
+variables | x=5 :: y=5 ; \sin(x)=1 :: \cos(x)=1
+equations | 2x+3=7 :: 7 ; a^2+b=0 :: 0 ; 7=11a+c :: 11a+c
+capitals | R^2-r^2 = 0 ; \frac{M}{M+m} = \frac{m}{M+m} ; \Delta = \delta ; AB+1 = ab+1 ; n+1 = N+1
+commas of lists | (0,100) = 100 ; (-1,200) = -1200 ; 2, 100 = 2100 ; 3,100 = (3,100)
+commas of lists | 010,10 = 10,010 ; x=1,200 :: x=1, y=200
+side by side | 2 3 = 5 ; 5{6} = 11 ; {2}{3} = 5 ; [2][3] = 5 ; 2\quad 3 = 5 ; 1. 18 = 1.18
+side by side | 5%10 = 510 ; 2°94 = 294
+unknown signs | 2⅓ = 2⅔ ; 1⁄2 = 1 ; 10⁻³ = 10⁻⁴ ; 2ⁿ = 2 ; 2∛3 = 2 ; 0x1F = 0x2F ; 5→6 = 5
+unknown signs | 5'6" = 56 ; 5‰ = 5
+unknown signs | 5\bmod 3 = 5 ; 5\to 6 = 5 ; 3\oplus4 = 3 ; 3#4 = 3 ; 5+ = 5 ; 5\times = 5
+unknown signs | 3\mid n = 3 ; 3，4 = 3 ; 5个 = 5
+dots | 2+4+…+10 = 2+4+…+12 ; 3.14… = 3.14 ; 1,2,3,... = 1,2,3 ; 0.333... = 0.333
+recurring | 0.\overline{3} = 0.\overline{4} ; 0.\overline{3} = 0.3
+constants | 3+2\mathrm{i} = 5 ; 2\text{e} = 2 ; 5\mathrm x = 5
+functions | 2 arctan x = 2 ; 3 sinx = 3 ; 2sinxcosx = 2 ; 2costheta = 2 ; 2 alpha = 2 ; 1/cosx = 1
+functions | 1/xyz = 1 ; \sin h = \sinh
+products | 2mg = 2 ; \frac32mg = \frac32 ; 2\pi hr = 2\pi ; \triangle ABC = \triangle ABD
+changing words | 3 factorial = 3 ; 5 minus x = 5 ; 3 quadrillion = 3 ; 3 millionths = 3
+changing words | 5\text{ or more} = 5 ; 3 tenths = 3
+opposites | 5% increase = 5% decrease ; 5 more = 5 fewer ; 5 miles north = 5 miles south
+opposites | 5 (if n even) = 5 (if n odd)
+other units | 2 hours = 2 minutes ; 5 dollars = 5 cents ; 30° = 30 radians
+other units | \sin 10^\circ = \sin 10
+ratios | 12:30 p.m. = 12:30 a.m. ; 9 a.m. = 9 p.m. ; 12:30 = 2:5 ; 6:30 = 0.2 ; 1:2:3 = 1:3:2
+letters as choices | (x)(x+1) = x ; (a)(b) = a ; a:b = a
+other names | AB=5 :: BC=5 ; x_1=5 :: x_2=5 ; f(1)=5 :: f(2)=5 ; \alpha=5 :: \beta=5
+other names | (x,y)=(1,2) :: (y,x)=(1,2)
+other names | y'=2x :: y=2x ; f'(x) :: f(x) ; xy=0 :: x=0 ; x=y=1 :: x=z=1
+chains | -\frac23\approx0.67 :: \frac23\approx0.67 ; 2+2=5 :: 5 ; xy+z=0.33333333 :: xy+z=\frac13
+sets | \{x: x>1\} :: \{x: x<1\} ; \{\emptyset\} = \emptyset ; 717 \cup (8,9) = 717
+powers | 2^{3}5^{2} = 2^{35} ; \pm1\pm2 = \pm3 ; 2e-3 = 0.002
+"""
+EQUAL = r"""
+numbers | 1 1/2 = 3/2 ; -3 1/2 = -3.5 ; 1 000 = 1000 ; 1{,}000 = 1000 ; 1\,000 = 1000 ; 1e3 = 1000
+scales and powers | 5 million = 5000000 ; 1.2\times10^{5} = 120000
+scales and powers | 2^{100} = 1267650600228229401496703205376
+products | 2^6 3^5 = 2^6\cdot 3^5 ; 2(3) = 6 ; 7! = 5040
+units | 10 cm^2 = 10 ; 10cm = 10 ; 60 miles per hour = 60 ; 9 (apples) = 9 ; 7 dozen eggs = 7
+units | 3/4 cup = 0.75
+signs | 45° = 45 ; 32^\circ F = 32 ; €5 = 5 ; £5.50 = 5.5 ; −5 = -5 ; 3 × 4 = 12 ; √2 = \sqrt{2}
+signs | x² = x^2
+lists | 1 and 2 = 1,2 ; 1; 2 = 1,2 ; 21,16 or 11 = 21,16,11 ; 16\text{ and }17 = 16,17
+plus and minus | \pm 2 = 2,-2 ; \pm 2 = -2,2 ; 2\pm\sqrt{3} = 2-\sqrt{3},2+\sqrt{3}
+sets | \{3,1\} = \{1,3\} ; \{2, 1\} = 1;2
+tuples | (1,2),(3,4) = (1,2), (3,4) ; (1, 0.5) = (1,1/2)
+matrices | \begin{bmatrix}1&0.5\\2&3\end{bmatrix} = \begin{pmatrix} 1 & 1/2 \\ 2 & 3 \end{pmatrix}
+matrices | \begin{pmatrix}1\\2\end{pmatrix} = \left(\begin{array}{c}1\\2\end{array}\right)
+choices | (A) = A ; A) = a ; \textbf{(A)} = (A) ; (C) 5 apples = C ; \text{(C)} = \text{C}
+times of day | 3:00 pm = 3:00\text{ p.m.}
+names | x=5 :: 5 ; 5 :: k=5 ; f(3)=5 :: 5 ; a_1=12 :: 12 ; (p,q)=(1,2) :: (1,2)
+names | \text{Area}=12 :: 12
+relations | x\in[0.5,\infty) :: [1/2,\infty) ; x=2+3=5 :: 5 ; x\approx 11 :: 11 ; \log_2(8)=3 :: 3
+lists of names | x=1, y=2 :: 1,2 ; x=3 or x=-2 :: 3,-2 ; n=1,2,3 :: 1,2,3
+infinity | (1,+\infty) = (1,\infty) ; +\infty = \infty
+exact and rounded | x=2\sqrt3\approx3.46 :: 2\sqrt3 ; 10\pi ≈ 31.4 :: 10\pi
+exact and rounded | \frac23\approx0.667 :: 2/3
+imaginary unit | 3+2\mathrm{i} = 3+2i
+compound units | 5 m/s = 5 ; 5 m^2 = 5 ; -30 \mathrm{~m} / \mathrm{s} = -30 ; \$18 per day = 18
+compound units | 10weeks = 10 ; 2 hr = 2 hours
+choices | (D) none of the above = D ; Option A = A
+condition on a line | approximately 18 = 18 ; 18; = 18 ; `5` = 5 ; José = josé
+lists without spaces | 100, 200 = 100,200 ; 45°, 135° = 45,135 ; (20,100) = (20, 100)
+assignments | x=1,y=2 :: y=2,x=1
+functions | sin(x) = \sin(x) ; x**2 = x^2 ; 2**10 = 1024
+recurring | 0.\overline3 = 1/3 ; 0.1\overline6 = 1/6
+Unicode | ⅓ = 1/3 ; 2⅓ = 7/3 ; 10⁻³ = 0.001 ; x¹² = x^{12} ; 101₂ = 101_2
+fractions without braces | \frac{\sqrt6}3 = \frac{\sqrt{6}}{3} ; \frac12 = \frac{1}{2}
+products | 2^{3}5^{2} = 2^3\cdot 5^2
+thousands | \frac{\mathrm{1,000}}{2} = 500 ; 1,234/2 = 617 ; $x=1,200$ :: 1200
+sizes | \bigl(1,2\bigr) = (1,2) ; \langle1,2\rangle = \langle 1, 2\rangle
+"""
+BY_ALGEBRA = r"""
+intervals | 3<x<5 :: (3,5) ; 3\le x<5 :: [3,5) ; x>2 :: (2,\infty) ; 2<x :: x>2
+intervals | m\in[\sqrt{2},+\infty) :: m\ge\sqrt{2}
+equations | 2x+y=3 :: y=3-2x ; x^2+y^2=1 :: x^2=1-y^2
+expressions | 1+2i :: i(2-i) ; x^{1/2} :: \sqrt{x} ; \frac{x}{2} :: 0.5x
+expressions | \sec x :: \frac{1}{\cos x}
+conditions | x<-1 or x>2 :: (-\infty,-1)\cup(2,\infty) ; x>-1 and x<2 :: (-1,2)
+conditions | \{x\mid x>1\} :: (1,\infty) ; 3 \le x :: [3,\infty)
+unions | (1,2]\cup[2,3) :: (1,3)
+products of letters | abc+1 :: 1+abc ; \frac{GMm}{r^2} :: G\frac{Mm}{r^2} ; 2 \cdot s :: 2s
+degrees | \sin 30^\circ :: 1/2 ; \cos20° :: \sin70°
+signs | 1\pm i :: 1+i,1-i
+"""
+STATED = r"""
+The answer is 72, which is the total. -> 72
+The answer is $18$, since it is. -> 18
+so it is **73**. -> None
+The answer is **73** -> 73
+#### 7 dozen eggs -> 7
+#### $25,000/year -> $25,000
+#### -10°F -> -10
+Final Answer: The final answer is $(3, 4)$. I hope it is correct. -> (3, 4)
+FINAL ANSWER: 18 -> 18
+The final answer is:\n\[ 18 \] -> 18
+#### Final Answer\n\n18 -> 18
+#### Step 2\nWe add 3 and 4. -> None
+**Final Answer: $18** -> $18
+\boxed{3}, \boxed{5}, \boxed{7} -> 3,5,7
+\boxed{3}. So \boxed{5} -> 5
+The answer is $x=5$ and $y=6$. -> x=5 and y=6
+The answer is 5 and 6. -> 5 and 6
+The answer is 3x + 2. -> 3x + 2
+The answer is 3 1/2 cups -> 3 1/2
+The answer is 12:30 p.m. -> 12:30 p.m
+the answer is true. -> true
+#### 30. Jeff walks 30 miles -> 30
+Answer: (B) -> (B)
+The answer is 2 sqrt(3). -> 2 sqrt(3)
+the answer is about 5 miles -> 5
+The answer is 8 - 3 = 5. -> 8 - 3 = 5
+#### 118 000 -> 118 000
+The answer is 7. We verify that the answer is correct. -> 7
+It is \boxed{7}\n#### Summary\nWe added. -> 7
+#### Answer: 5 -> 5
+#### Answer\n5 -> 5
+##### Note\nThe answer is 5. -> 5
+Answer:\n5 -> 5
+<answer>5</answer> -> 5
+<think>\boxed{3}</think> The answer is 5 -> 5
+The correct answer is (C) -> (C)
+The answer is simply 5 -> 5
+The answer is option (C) -> (C)
+The answer is:\n- 5 -> 5
+The answers are $5$, $6$, and $7$. -> 5, 6, and 7
+The answer is 3 - sqrt(2) -> 3 - sqrt(2)
+The answer is 24_8 -> 24_8
+The answer is 5/x -> 5/x
+The answer is 5 (x + 1) -> 5 (x + 1)
+The answer is 2**10 -> 2**10
+The answer is 5, x -> 5, x
+The answer is 0 and pi -> 0 and pi
+The answer is 5 out of 8 -> 5 out of 8
+The answer is 5 hours 30 minutes -> 5 hours 30 minutes
+The answer is 5 hundred -> 5 hundred
+The answer is $5$ to $6$ -> $5$ to $6$
+The answer is 5! = 120 -> 5! = 120
+\boxed -5 -> -5
+\boxed\n{5} -> 5
+\boxed{3}\text{, }\boxed{4} -> 3,4
+"""
+
+
+def pairs_of(text: str) -> list[tuple[str, str, str]]:
+    """(kind, answer, other answer) of each case of a table; "::" stands between those with "="."""
+    found = []
+    for line in text.strip().splitlines():
+        kind, _, cases = line.partition(" | ")
+        for case in cases.split(" ; "):
+            left, _, right = case.partition(" :: " if "::" in case else " = ")
+            found.append((kind.strip(), left.strip(), right.strip()))
+    return found
+
+
+@pytest.mark.parametrize("kind, left, right", pairs_of(DIFFERENT))
+def test_wrong_answers_are_wrong(kind, left, right):
+    """Catches wrong answers that are called right, which is the worst that a grader can do."""
+    assert not is_correct(left, right) and not is_correct(right, left), kind
+
+
+@pytest.mark.parametrize("kind, left, right", pairs_of(EQUAL))
+def test_equal_answers_without_algebra(monkeypatch, kind, left, right):
+    """Catches ways of writing an answer that count as another answer."""
+    monkeypatch.setattr(Algebra, "available", staticmethod(lambda: False))
+    assert is_correct(left, right) and is_correct(right, left), (kind, normalise(left))
+
+
+@algebraic
+@pytest.mark.parametrize("kind, left, right", pairs_of(BY_ALGEBRA))
+def test_equal_answers_by_algebra(kind, left, right):
+    """Catches what math-verify alone calls different, or calls equal in one direction only."""
+    assert is_correct(left, right) and is_correct(right, left), kind
+
+
+@pytest.mark.parametrize("case", STATED.strip().splitlines())
+def test_the_answer_is_cut_out_of_its_line(case):
+    """Catches the sentence behind an answer taken for a part of it, and headings taken for one."""
+    text, _, wanted = case.replace("\\n", "\n").rpartition(" -> ")
+    assert extract_answer(text) == (None if wanted == "None" else wanted)
+
+
 @algebraic
 @pytest.mark.parametrize(
     "prediction, answer, same",
@@ -111,7 +309,7 @@ def test_a_comparison_without_end_is_stopped():
     afterwards."""
     judge = Algebra(limit=0.3)
     begin = time.perf_counter()
-    endless = (r"(x+y)^{40}\cdot (x+z+w)^{30}", "(x+y)^{40} (x+z+w)^{29}")  # over 10 s of algebra
+    endless = (r"\prod_{k=1}^{5000}(x+k)", r"\prod_{k=0}^{4999}(x+1+k)")  # seconds of algebra
     assert judge.ask(*endless) is False and judge.process is None
     judge.limit = 30.0
     assert judge.ask("x+1", "1+x") is True and time.perf_counter() - begin < 60
@@ -153,6 +351,18 @@ def test_missing_algebra_is_said_at_the_start(tmp_path, monkeypatch):
         "(9^64)^64",
         "1" + " " * 100000 + "2",
         "A" + " ." * 50000 + "!",
+        "^" + " " * 100000,
+        "\\boxed{1}" + " " * 100000 + "\\boxed{2}",
+        "#### " * 20000,
+        "the answer is " * 9999,
+        "answer: " + "*_ " * 30000,
+        "$" + "x" * 100000 + " $",
+        "x=" * 50000,
+        "(1,2)," * 20000,
+        "\\pm" * 500,
+        "\\begin{matrix}" * 50 + "&" * 300,
+        "((((((1,2),3),4),5),6),7)",
+        "{" * 450 + "," + "}" * 450,
     ],
 )
 def test_hostile_answers_are_quick(text):
@@ -160,7 +370,7 @@ def test_hostile_answers_are_quick(text):
     begin = time.perf_counter()
     extract_answer(text)
     extract_answer("#### " + text)
-    elements(normalise(text))
+    split_parts(normalise(text))
     to_number(text)
     is_correct(text, "12")
     assert time.perf_counter() - begin < 2
@@ -171,7 +381,32 @@ def test_exact_numbers():
     assert to_number("0.1+0.2") == Fraction(3, 10)
     assert to_number(r"\frac{1}{3}+\frac{1}{6}") == Fraction(1, 2)
     assert to_number("2^10") == 1024 and to_number("--3") == 3
-    assert [to_number(text) for text in ("1e3", "2(3)", "1.5.2")] == [None] * 3
+    assert [to_number(text) for text in ("1.5.2", "2x", "2 3", "9^9^9")] == [None] * 4
+    assert [to_number(text) for text in ("1e3", "2(3)", "5!", "2^100")] == [1000, 6, 120, 2**100]
+    assert to_number(r"\sqrt{16}") == 4 and to_number(r"\sqrt{2}") is None
+
+
+# cases of field.jsonl whose verdict is not the expected one, and why
+DISAGREED = {190: "the file holds the words (100000 characters) in place of the answer"}
+ALGEBRA_NEEDED = {18, 40, 44, 90, 116, 134, 146, 154, 182, 278, 284, 290, 296, 298, 444}
+
+
+@shared
+@pytest.mark.parametrize("installed", [pytest.param(True, marks=algebraic), False])
+def test_cases_from_the_field(monkeypatch, installed):
+    """Catches a case of 68 public threads and 14 test suites whose verdict changes."""
+    if not installed:
+        monkeypatch.setattr(Algebra, "available", staticmethod(lambda: False))
+    wrong = set()
+    for row in rows("answers/field.jsonl"):
+        stated = extract_answer(row["text"]) if "text" in row else row["pred"]
+        if row["kind"] == "extract":
+            wrong |= set() if stated == row.get("expected") else {row["id"]}
+            continue
+        found = is_correct(stated, row["ref"])
+        assert not (found and not row["expected"]), row
+        wrong |= {row["id"]} if found != row["expected"] else set()
+    assert wrong == DISAGREED.keys() | (set() if installed else ALGEBRA_NEEDED)
 
 
 SUITES = "extract_boxed hendrycks_math mario_old math_gold_pairs reasoning_from_scratch".split()
@@ -234,7 +469,7 @@ def test_math_reference_answers():
 @algebraic
 def test_gradings_are_quick():
     """5,000 gradings of MATH's test answers, each against itself and against the next question's,
-    take under 60 s, worker and all."""
+    take under 15 s on an idle machine, worker and all; 60 s are allowed."""
     found = [row["answer"] for row in rows("math/test.jsonl")][:2500]
     begin = time.perf_counter()
     right = []
