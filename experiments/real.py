@@ -2,16 +2,18 @@
 
     python experiments/real.py --model DIR --data-dir FOLDER --out runs/real [--minutes 60]
                                             run it again and again, until it prints "done"
-    python experiments/real.py --out runs/real --table
-                                            what has been measured so far
+    python experiments/real.py --table      the tables, from experiments/real.jsonl
 
 The model learns GSM8K's worked solutions (SFT). It then searches questions of MAWPS and SVAMP with
 nothing but their answers, and each row of the table trains the same SFT model on the same trees.
 Questions that differ in their numbers alone are in the same part: training, validation or test.
+The learning rate of each row is the one whose model, after a short round on the first trees,
+answers most questions of the validation part.
 
-All work is done by train.py, mcts.py and eval.py, as `pieces` lists it; each piece is resumed where
-it stopped. When its minutes are over, a piece is asked to stop. `--list` prints the commands.
-`--tiny` takes a few questions and steps, to see that it runs.
+All work is done by train.py, mcts.py, eval.py and found.py, as `pieces` lists it; each piece is
+resumed where it stopped. When its minutes are over, a piece is asked to stop. What each has
+measured is written to OUT/real.jsonl. `--list` prints the commands. `--tiny` takes a few questions
+and steps, to see that it runs.
 """
 
 import argparse
@@ -19,54 +21,60 @@ import json
 import math
 import re
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 
 from data import load_questions
-from experiments.gsm8k import within
-from support.files import publish, read_json, write_json
-from support.flags import run_command
+from support.files import head_commit, publish, read_json, write_json
+from support.flags import InputError, run_command
 
 QUESTIONS = "mawps:singleop mawps:addsub mawps:multiarith svamp:test"
 PARTS = ("test",) * 3 + ("valid",) + ("search",) * 6  # of ten questions
 JUDGED = 200  # questions of the validation part whose trees V is measured on
+SEARCHED = 800  # questions of the training part that are searched
+SHORT = 300  # of these, in a round that is trained to choose a learning rate
 SFT = "--sft-batch 16 --no-recompute --save-every 50 --rounds 0"
 FIRST = "--sft-steps 500 --sft-lr 2e-4"  # SFT of the pretrained model
-LONGER = "--sft-steps 200 --sft-lr 1e-5"  # row sft-longer: as many steps as a round, or a few more
-TUNE = "--tune-batch 16 --tune-epochs 2 --tune-lr 1e-5 --no-recompute --save-every 20 --rounds 1"
 LIMITS = "--max-depth 12 --max-step-tokens 96 --max-tokens 1024 --tree-tokens 4096"
 SEARCH = f"--simulations 12 --expand-width 4 {LIMITS}"
-FEW = "--test-limit 8"  # train.py's own table is not used
-STRATEGIES = ("greedy", "majority:5", "best:5", "beam:1,5", "beam:3,5")
-TINY = {  # in place of these flags
-    "--sft-steps": 2,
-    "--sft-batch": 2,
-    "--tune-batch": 2,
-    "--tune-epochs": 1,
-    "--simulations": 2,
-    "--test-limit": 1,
-    "--limit": 4,
-}
-ROWS = {  # row -> flags of train.py; None: worked solutions again
+BATCH = 8  # trees of an optimizer step
+TUNE = f"--tune-batch {BATCH} --tune-epochs 1 --no-recompute --save-every 20 --rounds 1"
+FEW = "--test-limit 1"  # train.py's own table is not used
+RATES = ("5e-6", "2e-5", "8e-5")  # peak learning rates to choose from
+ROWS = {  # row -> flags of train.py; None: worked solutions again, as many steps as trees give
     "sft-longer": None,
     "rft": "--objective rft",
     "dpo": "--objective dpo",
-    "step-dpo": "--objective step-dpo",
+    "step-dpo": "--mse-weight 0 --margin-weight 0",  # with the SFT term
     "alphamath": "--objective alphamath",
     "svpo": "--objective svpo",
     "no-margin": "--margin-weight 0",
     "no-squared-error": "--mse-weight 0",
     "grpo": "--objective grpo",
 }
-SEEDS = {"rft": 3, "alphamath": 3, "svpo": 3}  # how many of each row; others: 1
+RATE_OF = {"no-margin": "svpo", "no-squared-error": "svpo"}  # rows with the rate of another one
+SEEDS = {"sft-longer": 3, "rft": 3, "alphamath": 3, "svpo": 3}  # how many of a row; others: 1
 TWICE = ("rft", "svpo")  # rows with a second round
+FEWER = ("greedy", "beam:1,5")
+STRATEGIES = ("greedy", "beam:1,5", "majority:5", "best:5", "beam:3,5")
+ANSWERED_IN_FULL = ("sft", "rft-0", "alphamath-0", "svpo-0")  # with all STRATEGIES
+TINY = {  # in place of these flags
+    "--sft-steps": 2,
+    "--sft-batch": 2,
+    "--tune-batch": 2,
+    "--simulations": 2,
+    "--limit": 4,
+    "--roll-outs": 2,
+}
 
 
 # --------------------------------------------------------------------------------------- questions
@@ -95,57 +103,158 @@ def cut_questions(folder: Path, data_dir: str):
 
 # ------------------------------------------------------------------------------------------ pieces
 
+Pieces = Iterator[tuple[str, str]]  # name and command
 
-def pieces(config) -> Iterator[tuple[str, str]]:
+
+def pieces(config) -> Pieces:
     """(name, command) of all that is to be done, in order."""
     out = config.out
-    gsm8k = f"--data gsm8k:train --test-data gsm8k:test --data-dir {config.data_dir} {FEW}"
-    yield "sft", f"train.py --model {config.model} {gsm8k} {SFT} {FIRST} {LIMITS} --out {out}/sft"
     sft = out / "sft" / "sft"
     valid = out / "questions" / "valid.jsonl"
-    judged = out / "judged.jsonl"
-    yield (
-        "judged trees",
-        f"mcts.py --model {sft} --data {valid} --limit {JUDGED} {SEARCH} --no-leaf-value "
-        f"--out {judged}",
-    )
-    yield from answers(config, "sft", sft)
-    search = f"--data {out}/questions/search.jsonl {SEARCH}"
-    round_ = f"{search} --test-data {valid} {FEW} {TUNE}"
+    yield "sft", f"train.py --model {config.model} {worked(config)} {FIRST} --out {out}/sft"
+    trees = f"--limit {JUDGED} {SEARCH} --no-leaf-value --out {out}/judged.jsonl"
+    yield "judged trees", f"mcts.py --model {sft} --data {valid} {trees}"
     for seed in range(max(SEEDS.values())):
-        trees = out / f"trees-{seed}.jsonl"
-        yield f"trees {seed}", f"mcts.py --model {sft} {search} --seed {seed} --out {trees}"
-        for row, flags in ROWS.items():
-            if seed >= SEEDS.get(row, 1):
-                continue
-            name = f"{row}-{seed}"
-            if flags is None:
-                words = f"{gsm8k} {SFT} {LONGER} {LIMITS}"
-            else:
-                words = f"{round_} {flags} --seed {seed}"
-                words += "" if row == "grpo" else f" --trees {trees}"
-            yield name, f"train.py --model {sft} {words} --out {out}/{name}"
-            yield from answers(config, name, out / name / ("sft" if flags is None else "round1"))
+        yield f"trees {seed}", search_command(config, seed)
+        if seed == 0:
+            yield from choices(config)
+            yield from answers(config, "sft", sft)
+            words = f"--model {sft} --trees {out}/trees-0.jsonl --roll-outs 32"
+            yield "found", f"found.py trees {words} --json {out}/found/trees-0.json"
+        for row in ROWS:
+            if seed < SEEDS.get(row, 1):
+                name = f"{row}-{seed}"
+                yield name, round_command(config, row, seed, chosen(config, row), out / name)
+                yield from answers(config, name, last_stage(out / name, row))
     for row in TWICE:
         name = f"{row}-twice-0"
-        words = f"--model {out}/{row}-0/round1 {round_} {ROWS[row]} --seed 10"
-        yield name, f"train.py {words} --out {out}/{name}"
+        yield name, second_round(config, row, out / name)
         yield from answers(config, name, out / name / "round1")
+    for name in ("pretrained", "sft", *(f"{row}-0" for row in TWICE)):
+        folder = {"pretrained": config.model, "sft": sft}.get(name, out / name / "round1")
+        words = f"--model {folder} --data-dir {config.data_dir} --json {out}/found/{name}.json"
+        yield f"{name} perplexity", f"found.py perplexity {words}"
 
 
-def answers(config, name: str, model: Path) -> Iterator[tuple[str, str]]:
-    """The pieces that measure a model: on the test questions, on GSM8K's, and on trees."""
+def worked(config) -> str:
+    """Flags of train.py for GSM8K's worked solutions."""
+    data = f"--data gsm8k:train --test-data gsm8k:test --data-dir {config.data_dir}"
+    return f"{data} {FEW} {SFT} {LIMITS}"
+
+
+def search_command(config, seed: int) -> str:
+    """mcts.py's search of the training part."""
+    out = config.out
+    data = f"--data {out}/questions/search.jsonl --limit {SEARCHED} --seed {seed}"
+    return f"mcts.py --model {out}/sft/sft {data} {SEARCH} --out {out}/trees-{seed}.jsonl"
+
+
+def round_command(config, row: str, seed: int, rate: str, out: Path, limit: int = SEARCHED) -> str:
+    """train.py's round of a row, on the trees of the first `limit` questions."""
+    folder = config.out
+    if ROWS[row] is None:
+        steps = limit // BATCH
+        words = f"{worked(config)} --sft-batch {BATCH} --sft-steps {steps} --sft-lr {rate}"
+    else:
+        data = f"--data {folder}/questions/search.jsonl --test-data {folder}/questions/valid.jsonl"
+        words = f"{data} {FEW} {SEARCH} {TUNE} --tune-lr {rate} {ROWS[row]}"
+        words += f" --limit {limit}"
+        words += "" if row == "grpo" else f" --trees {folder}/trees-{seed}.jsonl"
+    return f"train.py --model {folder}/sft/sft {words} --seed {seed} --out {out}"
+
+
+def second_round(config, row: str, out: Path) -> str:
+    """A round that searches with the model of the row's first one."""
+    command = round_command(config, row, 0, chosen(config, row), out)
+    command = command.replace(f"{config.out}/sft/sft", f"{config.out}/{row}-0/round1")
+    command = command.replace(f" --trees {config.out}/trees-0.jsonl", "")
+    return command.replace("--seed 0", "--seed 10")
+
+
+def last_stage(folder: Path, row: str) -> Path:
+    """The model that a row's run ends with."""
+    return folder / ("sft" if ROWS[row] is None else "round1")
+
+
+def answers(config, name: str, model: Path) -> Pieces:
+    """What is measured of a model: answers to the test part and GSM8K's, and V on trees."""
     common = f"eval.py --model {model} {LIMITS} --data-dir {config.data_dir}"
     results = config.out / "results"
+    strategies = " ".join(STRATEGIES if name in ANSWERED_IN_FULL else FEWER)
     yield (
         f"{name} answers",
-        f"{common} --data {config.out}/questions/test.jsonl --strategy {' '.join(STRATEGIES)} "
+        f"{common} --data {config.out}/questions/test.jsonl --strategy {strategies} "
         f"--trees {config.out}/judged.jsonl --json {results}/{name}.json",
     )
     yield (
         f"{name} on gsm8k",
-        f"{common} --data gsm8k:test --strategy greedy --json {results}/{name}-gsm8k.json",
+        f"{common} --data gsm8k:test --strategy greedy --json {results}/{name}.gsm8k.json",
     )
+
+
+# ---------------------------------------------------------------------------------- learning rates
+
+
+def choices(config) -> Pieces:
+    """A short round of each row at each rate, and its answers to the validation part."""
+    for row in ROWS:
+        if row in RATE_OF:
+            continue
+        for rate in RATES:
+            name = f"{row}-{rate}"
+            out = config.out / "choices" / name
+            yield f"choice {name}", round_command(config, row, 0, rate, out, SHORT)
+            model = last_stage(out, row)
+            yield (
+                f"choice {name} answers",
+                f"eval.py --model {model} {LIMITS} --data {config.out}/questions/valid.jsonl "
+                f"--strategy greedy --json {config.out}/choices/{name}.json",
+            )
+
+
+def valid_accuracy(config, row: str) -> dict[str, float]:
+    """Greedy accuracy on the validation part after a short round, for each rate measured."""
+    found = {}
+    for rate in RATES:
+        file = config.out / "choices" / f"{row}-{rate}.json"
+        if file.exists():
+            found[rate] = read_json(file)["answers"][0]["accuracy"]
+    return found
+
+
+def chosen(config, row: str) -> str:
+    """The rate of the best answers (the lowest of equals); the middle one if none is measured."""
+    found = valid_accuracy(config, RATE_OF.get(row, row))
+    return max(found, key=found.get) if found else RATES[1]
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def run(config):
+    """Go on with the pieces until the minutes are over."""
+    end = time.monotonic() + 60 * config.minutes
+    cut_questions(config.out / "questions", config.data_dir)
+    for folder in ("results", "found", "choices"):
+        (config.out / folder).mkdir(exist_ok=True)
+    file = config.out / "done.json"  # piece -> its seconds, over all tries
+    done = read_json(file) if file.exists() else {}
+    for name, command in pieces(config):
+        spent = done.get(name, {"seconds": 0, "done": False})
+        if spent["done"]:
+            continue
+        command = tiny(command) if config.tiny else command
+        print(f"\n{name}: python {command}", flush=True)
+        begin = time.monotonic()
+        ended = within(command, end)
+        seconds = spent["seconds"] + time.monotonic() - begin
+        mark = {"command": command, "commit": head_commit()[:7]}
+        done[name] = {"seconds": round(seconds), "done": ended, **mark}
+        write_json(file, done)
+        if not ended:
+            print("not done; run the same command again")
+            return
+    print("done")
 
 
 def tiny(command: str) -> str:
@@ -159,98 +268,172 @@ def tiny(command: str) -> str:
     return " ".join(words)
 
 
-def run(config):
-    """Go on with the pieces until the minutes are over."""
-    end = time.monotonic() + 60 * config.minutes
-    cut_questions(config.out / "questions", config.data_dir)
-    (config.out / "results").mkdir(exist_ok=True)
-    file = config.out / "done.json"  # piece -> its seconds, over all tries
-    done = read_json(file) if file.exists() else {}
-    for name, command in pieces(config):
-        spent = done.get(name, {"seconds": 0, "done": False})
-        if spent["done"]:
-            continue
-        command = tiny(command) if config.tiny else command
-        print(f"\n{name}: python {command}", flush=True)
-        begin = time.monotonic()
-        script, *words = shlex.split(command)
-        ended = within([ROOT / script, *words], end, grace=120)
-        seconds = spent["seconds"] + time.monotonic() - begin
-        done[name] = {"seconds": round(seconds), "done": ended, "command": command}
-        write_json(file, done)
-        if not ended:
-            print("not done; run the same command again")
-            return
-    print("done")
+def within(command: str, end: float, grace: float = 120) -> bool:
+    """Run a command until it ends or the time is over; returns whether it ended.
+
+    It is asked to stop at `end`, and killed if it has not stopped `grace` seconds later.
+    """
+    script, *words = shlex.split(command)
+    folder = HERE if (HERE / script).exists() else HERE.parent
+    process = subprocess.Popen([sys.executable, folder / script, *words])
+    try:
+        process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return False
+    if process.returncode:
+        status = process.returncode
+        raise InputError(f"{script} ended with status {status}; its message stands above")
+    return True
 
 
-# ------------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------ what was measured
 
 
-def table(config):
-    """Print what has been measured, as Markdown: means over seeds, and differences to sft."""
-    results = config.out / "results"
-    found = {}  # row -> its files
-    for file in sorted(results.glob("*.json")):
-        if not file.stem.endswith("-gsm8k"):
-            row = re.sub(r"-\d+$", "", file.stem)
-            found.setdefault(row, []).append(file)
-    heads = [*STRATEGIES, "gsm8k greedy", "siblings"]
-    print("| row | seeds | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 2) + "|")
-    for row, files in found.items():
-        cells = [figures(file) for file in files]
-        texts = []
-        for head in heads:
-            values = [cell[head] for cell in cells if cell.get(head) is not None]
-            texts.append(f"{statistics.fmean(values):.1f}" if values else "-")
-        print(f"| {row} | {len(files)} | " + " | ".join(texts) + " |")
-    print("\ngreedy answers against those of sft, question by question, in points:")
-    base = greedy_answers(results / "sft.json")
-    for row, files in found.items():
-        if row == "sft":
-            continue
-        differences = [paired(base, greedy_answers(file)) for file in files]
-        print(f"{row}: " + ", ".join(f"{mean:+.1f} +- {error:.1f}" for mean, error in differences))
+def collect(config) -> list[dict]:
+    """A line for all that was measured so far, written to OUT/real.jsonl."""
+    done = read_json(config.out / "done.json")
+    rows = []
+    for file in sorted((config.out / "results").glob("*.json")):
+        if not file.stem.endswith(".gsm8k"):
+            rows.append(answer_line(file) | {"commit": done[f"{file.stem} answers"]["commit"]})
+    for row in ROWS:
+        rates = valid_accuracy(config, row)
+        if rates:
+            rows.append({"kind": "choice", "row": row, "valid_greedy": rates})
+    for file in sorted((config.out / "found").glob("*.json")):
+        rows.append({"kind": "found", "name": file.stem, **read_json(file)})
+    seconds = {name: piece["seconds"] for name, piece in done.items() if piece["done"]}
+    rows.append({"kind": "seconds", "pieces": seconds})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    publish(config.out / "real.jsonl", lambda partial: partial.write_text(text))
+    return rows
 
 
-def figures(file: Path) -> dict[str, float | None]:
-    """The figures of a model, in %."""
+def answer_line(file: Path) -> dict:
+    """What a model answers: of each question, in the order of their ids, 1 if it was right."""
     row = read_json(file)
-    found = {answer["strategy"]: 100 * answer["accuracy"] for answer in row["answers"]}
-    if "siblings" in row:
-        accuracy = row["siblings"]["accuracy"]
-        found["siblings"] = None if accuracy is None else 100 * accuracy
-    harder = file.with_name(f"{file.stem}-gsm8k.json")
+    name, _, seed = file.stem.rpartition("-")
+    answers = {answer["strategy"]: answer for answer in row["answers"]}
+    harder = file.with_name(f"{file.stem}.gsm8k.json")
     if harder.exists():
-        found["gsm8k greedy"] = 100 * read_json(harder)["answers"][0]["accuracy"]
-    return found
+        answers["gsm8k greedy"] = read_json(harder)["answers"][0]
+    found = {}
+    for strategy, answer in answers.items():
+        right = "".join(str(int(one["correct"])) for one in answer["answers"])
+        found[strategy] = {"right": right}
+        found[strategy] |= {key: answer[key] for key in ("sampled_tokens", "seconds", "stated")}
+    line = {"kind": "answers", "row": name or file.stem, "seed": int(seed) if name else 0}
+    judged = {key: row[key] for key in ("siblings", "diagnosis") if key in row}
+    return line | {"strategies": found, **judged}
 
 
-def greedy_answers(file: Path) -> dict[str, bool]:
-    """Whether each question was answered rightly, greedily."""
-    answers = next(row for row in read_json(file)["answers"] if row["strategy"] == "greedy")
-    return {answer["id"]: answer["correct"] for answer in answers["answers"]}
+def scores(rows: list[dict], row: str, strategy: str) -> list[float]:
+    """The points of each question under a strategy, 0 to 100: the mean over the row's seeds."""
+    mine = [line for line in rows if line["kind"] == "answers" and line["row"] == row]
+    strings = [
+        line["strategies"][strategy]["right"] for line in mine if strategy in line["strategies"]
+    ]
+    return [100 * statistics.fmean(map(int, digits)) for digits in zip(*strings)]
 
 
-def paired(before: dict[str, bool], after: dict[str, bool]) -> tuple[float, float]:
-    """The mean difference over the same questions, in points, and its standard error."""
-    gaps = [100 * (after[identity] - right) for identity, right in before.items()]
-    return statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+def mean_and_error(points: list[float]) -> str:
+    """The mean over questions and its standard error, as text."""
+    if not points:
+        return "-"
+    return (
+        f"{statistics.fmean(points):.1f} ± {statistics.stdev(points) / math.sqrt(len(points)):.1f}"
+    )
+
+
+def difference(rows: list[dict], row: str, other: str, strategy: str) -> str:
+    """How much a row is ahead of another one, question by question."""
+    pairs = zip(scores(rows, row, strategy), scores(rows, other, strategy))
+    return mean_and_error([mine - theirs for mine, theirs in pairs])
+
+
+def names_of(rows: list[dict]) -> list[str]:
+    """The rows that have answers, in the order of the pieces."""
+    measured = {line["row"] for line in rows if line["kind"] == "answers"}
+    order = ["sft", *ROWS, *(f"{row}-twice" for row in TWICE)]
+    return [name for name in order if name in measured]
+
+
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+    rule = "|---" * len(headings) + "|"
+    texts = ["| " + " | ".join(line) + " |" for line in [headings, *lines]]
+    return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def answers_table(rows: list[dict]) -> str:
+    """Accuracy in % with its standard error over questions, and how siblings are ranked."""
+    strategies = [*STRATEGIES, "gsm8k greedy"]
+    lines = []
+    for name in names_of(rows):
+        mine = [line for line in rows if line["kind"] == "answers" and line["row"] == name]
+        cells = [mean_and_error(scores(rows, name, strategy)) for strategy in strategies]
+        ranked = [line["siblings"]["accuracy"] for line in mine if "siblings" in line]
+        ranked = [share for share in ranked if share is not None]
+        cells.append(f"{statistics.fmean(ranked):.3f}" if ranked else "-")
+        lines.append([name, str(len(mine)), *cells])
+    return markdown(["row", "seeds", *strategies, "siblings, V"], lines)
+
+
+def differences_table(rows: list[dict]) -> str:
+    """Points ahead of sft and behind svpo, paired by question, with standard errors."""
+    lines = []
+    for name in names_of(rows):
+        if name == "sft":
+            continue
+        pairs = [
+            ("sft", "greedy"),
+            ("sft", "gsm8k greedy"),
+            ("svpo", "greedy"),
+            ("svpo", "beam:1,5"),
+        ]
+        cells = [difference(rows, name, other, strategy) for other, strategy in pairs]
+        own = zip(scores(rows, name, "beam:1,5"), scores(rows, name, "greedy"))
+        lines.append([name, *cells, mean_and_error([beam - greedy for beam, greedy in own])])
+    headings = ["row", "greedy - sft's", "gsm8k - sft's", "greedy - svpo's", "SBS(1,5) - svpo's"]
+    return markdown([*headings, "SBS(1,5) - greedy"], lines)
+
+
+def choices_table(rows: list[dict]) -> str:
+    """Greedy accuracy on the validation part, in %, for each learning rate."""
+    found = {line["row"]: line["valid_greedy"] for line in rows if line["kind"] == "choice"}
+    lines = []
+    for name in ROWS:
+        if name in found and name not in RATE_OF:
+            rates = found[name]
+            lines.append(
+                [name, *(f"{100 * rates[rate]:.1f}" if rate in rates else "-" for rate in RATES)]
+            )
+    return markdown(["row", *RATES], lines)
+
+
+def show_tables(rows: list[dict]):
+    for table in (choices_table, answers_table, differences_table):
+        print(f"\n{table.__doc__.splitlines()[0]}\n\n{table(rows)}")
 
 
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", help="folder of the pretrained model")
-    parser.add_argument("--data-dir", help="folder with gsm8k, mawps and svamp, NAME/SPLIT.jsonl")
+    parser.add_argument("--data-dir", help="folder with gsm8k, mawps, svamp and math")
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--table", action="store_true", help="print what has been measured")
+    parser.add_argument("--table", nargs="?", type=Path, const=HERE / "real.jsonl", metavar="FILE")
     parser.add_argument("--list", action="store_true", help="print the commands")
     parser.add_argument("--tiny", action="store_true", help="a few questions and steps")
     config = parser.parse_args()
     if config.table:
-        table(config)
+        show_tables([json.loads(line) for line in config.table.read_text().splitlines()])
         return
     if not config.model or not config.data_dir:
         parser.error("--model and --data-dir are needed")
@@ -259,6 +442,7 @@ def main():
             print(f"python {command}")
         return
     run(config)
+    show_tables(collect(config))
 
 
 if __name__ == "__main__":

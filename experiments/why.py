@@ -111,22 +111,32 @@ def roll_out(
 
 
 def roll_outs(
-    model: Llama, tokenizer: StepTokenizer, trees: list[Tree], nodes: int, count: int, seed: int
+    model: Llama,
+    tokenizer: StepTokenizer,
+    trees: list[Tree],
+    nodes: int,
+    count: int,
+    seed: int,
+    search: SearchConfig = SEARCH,
 ) -> list[dict]:
-    """Mean outcome of `count` solutions from each of `nodes` nodes, beside the search's Q, N, V."""
-    chosen = random.Random(seed).sample(open_places(trees), nodes)
+    """Mean outcome of `count` solutions from each of `nodes` nodes, beside the search's Q, N, V.
+
+    `search` is the configuration that the trees were grown with. Fewer nodes if there are no more.
+    """
+    places = open_places(trees)
+    chosen = random.Random(seed).sample(places, min(nodes, len(places)))
     questions = []
     prefixes = {}
     for number, place in enumerate(chosen):
         questions.append(Question(str(number), place.tree.question, place.tree.answer))
         steps = [place.tree.nodes[index].tokens for index in (0, *place.path)]
         prefixes[str(number)] = [token for step in steps for token in step]
-    demand = Demand(count, SEARCH.search_temperature, expansions=1, steps_per_lane=SEARCH.max_depth)
+    demand = Demand(count, search.search_temperature, expansions=1, steps_per_lane=search.max_depth)
     prefixed = PrefixTokenizer(tokenizer, prefixes)
-    engine = Engine(model, prefixed, questions, demand, SEARCH, 8, seed, fit=True)
+    engine = Engine(model, prefixed, questions, demand, search, 8, seed, fit=True)
 
     def start(question, root):
-        left = SEARCH.max_depth - len(chosen[int(question.id)].path)
+        left = search.max_depth - len(chosen[int(question.id)].path)
         return roll_out(question, root, count, left)
 
     outcomes = {question.id: found for question, _, found in engine.run(start, "roll-outs")}
