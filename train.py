@@ -66,7 +66,7 @@ from model import (
     read_config,
     save_model,
 )
-from support.checkpoints import Stop, forget, load_checkpoint, save_checkpoint
+from support.checkpoints import Stop, forget, load_checkpoint, remove_checkpoints, save_checkpoint
 from support.files import head_commit, hold, keep_config, publish, read_json, sync, write_json
 from support.flags import InputError, Recipe, flag, parse_args, run_command, visible
 from support.hugging_face import PRESETS, copy_files, find_folder, stored_dtype
@@ -544,12 +544,6 @@ def start_folder(run: RunConfig, tokenizer: StepTokenizer, folder: Path) -> Path
 
     on_rank_0(write)
     return start
-
-
-def remove_checkpoints(stage: Path):
-    """Remove the checkpoints of a stage whose model is written."""
-    for folder in stage.glob("checkpoint*"):
-        shutil.rmtree(folder)
 
 
 # --------------------------------------------------------------------------------------- training

@@ -10,6 +10,7 @@ import enum
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import warnings
@@ -149,7 +150,14 @@ def save_checkpoint(stage: Path, model, optimizer, step: int, keep: int):
 def find_checkpoints(stage: Path) -> list[int]:
     """The steps after which there is a checkpoint, in order."""
     numbers = [folder.name[11:] for folder in stage.glob("checkpoint-*") if folder.is_dir()]
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    return sorted(int(number) for number in numbers if re.fullmatch("[1-9][0-9]*", number))
+
+
+def remove_checkpoints(stage: Path):
+    """Remove the checkpoints of a stage, and what an interrupted write left; nothing else."""
+    for step in find_checkpoints(stage):
+        shutil.rmtree(stage / f"checkpoint-{step}")
+    shutil.rmtree(stage / PARTIAL, ignore_errors=True)
 
 
 def load_checkpoint(stage: Path, model, optimizer) -> int:
