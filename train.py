@@ -16,7 +16,6 @@ import gc
 import json
 import math
 import random
-import shutil
 import sys
 import time
 import zlib

@@ -28,7 +28,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 import train
 from data import Tree, TreeNode
 from model import Llama, load_model, save_model
-from support.checkpoints import METADATA, PlainUnpickler, Stop, find_checkpoints
+from support.checkpoints import (
+    METADATA,
+    PlainUnpickler,
+    Stop,
+    find_checkpoints,
+    remove_checkpoints,
+)
 from support.flags import InputError, visible
 from svpo import LossConfig
 
@@ -602,3 +608,13 @@ def test_a_round_without_pairs(tmp_path, undisturbed, objective, refusal):
     assert process.returncode == 0, errors
     lines = log(tmp_path, "round1")
     assert lines and all("mse" in line and "policy" not in line for line in lines)
+
+
+def test_only_checkpoints_of_ours_are_removed(tmp_path):
+    """Catches folders of the user that go with the checkpoints of a stage."""
+    mine = ["checkpoints-I-keep", "checkpoint-best", "checkpoint-007", "checkpoint"]
+    for name in (*mine, "checkpoint-7", "checkpoint-20", "checkpoint.partial"):
+        (tmp_path / name).mkdir()
+    assert find_checkpoints(tmp_path) == [7, 20]
+    remove_checkpoints(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(mine)
