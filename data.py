@@ -27,9 +27,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from support.chat import answer_end, chat_template
-from support.files import append, sync
+from support.files import append, digest, sync
 from support.flags import InputError, Recipe, flag
-from support.hugging_face import find_folder
+from support.hugging_face import find_folder, weights_mark
 from support.tokenizer_files import UNLIMITED, read_tokenizer, vocabulary_of
 from tasks.algebra import algebra
 from tasks.built_in import generate, is_built_in
@@ -95,84 +95,103 @@ ANSWER_FIELDS = (
     "correct_answer",
     "answerkey",
 )
+PLACEHOLDERS = ("proof", "notfound")  # of NuminaMath, in place of an answer
 CHOICE_FIELDS = ("options", "choices")
 ID_FIELDS = ("id", "unique_id", "question_id", "problem_id")
-LETTERED = re.compile(r"\(?([A-Za-z])[).:]\s*(.*)", re.DOTALL)  # "A) 21"
+LETTERED = re.compile(r"\(?([A-Za-z])\s*[).:]\s*(.*)", re.DOTALL)  # "A) 21"
 
 
 def plain(row: dict) -> Question | None:
     """A row of your own file, or as datasets are published (docs/guide.md has a table).
 
     Names of fields may be in capitals. A "body" (SVAMP, ASDiv) stands before its question, choices
-    (AQuA, MMLU) behind it. The answer is what GSM8K's mark #### or the solution's box says where no
-    field has it alone. None for a row without a question or an answer.
+    (AQuA, MMLU) behind it. If no field has just the answer, it is what stands after GSM8K's mark
+    ####, or what the solution states. None for a row without a question or an answer.
     """
     row = {str(key).lower(): value for key, value in row.items()}
-    question = next(filter(None, (text_field(row, key) for key in QUESTION_FIELDS)), "")
-    body = text_field(row, "body").rstrip(".")
-    question = f"{body}. {question}" if body and question else question
-    answer = next(filter(None, (text_field(row, key) for key in ANSWER_FIELDS)), "")
-    choices = next(filter(None, map(row.get, CHOICE_FIELDS)), None)
-    if question and choices:
-        number = any(type(row.get(key)) is int for key in ANSWER_FIELDS)
-        question, answer = with_choices(question, choices, answer, number)
+    question = text_field(row, *QUESTION_FIELDS)
+    body = text_field(row, "body")
+    if question and body:
+        question = f"{body}{' ' if body[-1] in '.!?' else '. '}{question}"
+    answer = text_field(row, *ANSWER_FIELDS)
+    answer = "" if answer in PLACEHOLDERS else answer
     solution = row.get("solution")
+    solution = "\n".join(map(str, solution)) if isinstance(solution, list) else solution
     if "####" in answer:  # GSM8K; its solutions hold <<1+1=2>>
         solution = solution or re.sub(r"<<[^<>]*>>", "", answer)
         answer = extract_answer(answer)
     elif not answer and isinstance(solution, str):  # MATH, Minerva, NuminaMath
         answer = extract_answer(solution)
+    choices = next(filter(None, map(row.get, CHOICE_FIELDS)), None)
+    if question and answer and choices:
+        question, answer = with_choices(question, choices, answer, row)
     identity = next((str(row[key]) for key in ID_FIELDS if row.get(key) is not None), "")
     return Question(identity, question, answer, solution) if question and answer else None
 
 
-def text_field(row: dict, key: str) -> str:
-    """A field as text, "" if it is missing or empty; the elements of a list are joined by commas.
+def text_field(row: dict, *keys: str) -> str:
+    """The first field that is not empty, as text; "" if there is none.
 
-    InputError if it holds something else than text or numbers.
+    The elements of a list are joined by commas. 7.0 is 7, and 0.30000000000000004 is 0.3.
+    InputError if a field holds something else than text or numbers.
     """
-    value = row.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    texts = []
-    for one in values:
-        if not isinstance(one, (str, int, float)):
-            raise InputError(f"{key!r} must be text or a number, not {type(one).__name__}")
-        # 7.0 is 7, and 0.30000000000000004 is 0.3
-        texts.append(f"{one:.15g}" if isinstance(one, float) else str(one).strip())
-    return ", ".join(texts)
+    for key in keys:
+        value = row.get(key)
+        if key == "correct" and isinstance(value, bool):  # whether a choice is right
+            continue
+        texts = []
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, (str, int, float, type(None))):
+                raise InputError(f"{key!r} must be text or a number, not {type(one).__name__}")
+            if isinstance(one, float):
+                one = int(one) if one.is_integer() and abs(one) < 2**53 else f"{one:.15g}"
+            texts += [] if one in (None, "nan") else [str(one).strip()]
+        if any(texts):
+            return ", ".join(texts)
+    return ""
 
 
-def with_choices(question: str, choices, answer: str, number: bool) -> tuple[str, str]:
+def with_choices(question: str, choices, answer: str, row: dict) -> tuple[str, str]:
     """A multiple-choice question with its choices, and the letter of the right one.
 
-    Choices are a list, a text, {"A": "21", ...} or {"label": ["A", ...], "text": ["21", ...]}. The
-    answer is a letter, a choice as it stands there, or (with `number`) which one it is, from 0 on.
+    Choices are a list, a text, {"A": "21", ...}, {"label": ["A", ...], "text": ["21", ...]} or
+    [{"label": "A", "text": "21"}, ...]. The answer is a letter, a choice as it stands there, or a
+    JSON number, which counts choices from 0 on.
     """
     if isinstance(choices, str):
         return f"{question}\n{choices.strip()}", answer
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):
         pairs = list(zip(choices.get("label", []), choices["text"]))
     elif isinstance(choices, dict):
-        pairs = list(choices.items())
+        pairs = [(letter, text) for letter, text in choices.items() if text is not None]
+    elif all(isinstance(one, dict) for one in choices):
+        pairs = [(one.get("label"), one.get("text")) for one in choices]
     else:
-        found = [LETTERED.fullmatch(str(text)) for text in choices]
-        pairs = [(chr(ord("A") + place), text) for place, text in enumerate(choices)]
-        pairs = [one.groups() for one in found] if all(found) else pairs
+        found = [LETTERED.fullmatch(str(text).strip()) for text in choices]
+        alphabet = [chr(ord("A") + place) for place in range(len(choices))]
+        pairs = list(zip(alphabet, choices))
+        if all(found) and [one[1].upper() for one in found] == alphabet:
+            pairs = [one.groups() for one in found]
     letters = [str(letter) for letter, _ in pairs]
     texts = [str(text).strip() for _, text in pairs]
     labelled = LETTERED.fullmatch(answer)
-    if number and 0 <= int(answer) < len(letters):
-        answer = letters[int(answer)]
-    elif answer in texts and answer not in letters:
-        answer = letters[texts.index(answer)]
-    elif labelled and labelled[1] in letters:  # "B) 22.5"
-        answer = labelled[1]
+    number = any(type(row.get(key)) is int and str(row[key]) == answer for key in ANSWER_FIELDS)
+    if answer not in letters:
+        if number and int(answer) in range(len(letters)):
+            answer = letters[int(answer)]
+        elif answer in texts:
+            answer = letters[texts.index(answer)]
+        elif labelled and labelled[1] in letters:  # "B) 22.5"
+            answer = labelled[1]
     lines = [f"({letter}) {text}" for letter, text in zip(letters, texts)]
     return "\n".join([question, *lines]), answer
 
 
 def prontoqa(row: dict) -> Question | None:
-    """{"question": "... True or false: ...?", "answer": [{"text": "... #### True"}]}"""
+    """{"question": "... True or false: ...?", "answer": [{"text": "... The answer is true."}]}
+
+    The text is the solution. InputError if the answer is not such a list.
+    """
     answers = row.get("answer")
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], dict):
         raise InputError("needs an 'answer' that is a list of objects")
@@ -433,7 +452,9 @@ def load_splits(run) -> dict[str, list]:
             f"no --test-data: the last fifth of each file of {run.data}, {len(test)} questions, is "
             "held out for testing"
         )
-    check_question_ids(questions, run.data)
+    ids = set()  # of all files together
+    for question in questions:
+        question.id = new_id(question.id, ids)
     tested = {comparable(question.text) for question in test}
     kept = [question for question in questions if comparable(question.text) not in tested]
     if len(kept) < len(questions):
@@ -452,13 +473,29 @@ def split_words(spec: str) -> list[str]:
     return [spec] if Path(spec).exists() else spec.split()
 
 
-def check_question_ids(questions: list[Question], spec: str):
-    """Refuse ids that occur twice."""
-    ids = set()
-    for question in questions:
-        if question.id in ids:
-            raise InputError(f"{spec}: id {question.id!r} occurs twice")
-        ids.add(question.id)
+def identity_of(folder: Path | None, tokenizers: list["StepTokenizer"]) -> dict[str, str]:
+    """Hashes of what a search or a run is made with: weights, tokenizer and prompts.
+
+    `folder` is the model's; None for one that is not there yet.
+    """
+    prompts = [one.chat(one.template) if one.chat else one.template for one in tokenizers]
+    return {
+        "weights": weights_mark(folder) if folder else "",
+        "tokenizer": digest([tokenizers[0].tokenizer.to_str(), tokenizers[0].eos_ids]),
+        "prompts": digest(prompts),
+    }
+
+
+def check_trees(trees: list["Tree"], questions: list[Question], file: Path):
+    """Refuse trees that were grown for other questions under the ids of these."""
+    asked = {question.id: question for question in questions}
+    for tree in trees:
+        question = asked.get(tree.id)
+        if question and (tree.question, tree.answer) != (question.text, question.answer):
+            raise InputError(
+                f"{file}: the tree of question {tree.id} is of another question or answer; choose "
+                "a different --out"
+            )
 
 
 def comparable(text: str) -> str:

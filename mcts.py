@@ -23,7 +23,9 @@ from data import (
     StepTokenizer,
     Tree,
     TreeNode,
+    check_trees,
     fitting,
+    identity_of,
     outcome_of,
     resume_trees,
     write_trees,
@@ -32,6 +34,7 @@ from engine import Demand, Engine, Node, context_of, load_source
 from model import Llama
 from support.files import hold, keep_config
 from support.flags import flag, parse_args, run_command
+from support.hugging_face import find_folder
 from support.ranks import rank, world_size
 
 
@@ -269,7 +272,9 @@ def main():
         file = out.with_name(f"{out.stem}-{rank()}{out.suffix}")
     model, tokenizer, questions = load_source(source, source.seed, "train")
     hold(out.with_name(out.name + ".lock"))
-    done = {tree.id for tree in resume_trees(out, rank(), world_size())}
+    found = resume_trees(out, rank(), world_size())
+    check_trees(found, questions, out)
+    done = {tree.id for tree in found}
     mine = questions[rank() :: world_size()]
     left = [question for question in mine if question.id not in done]
     left = fitting(left, tokenizer, context_of(model.config, search) - search.max_step_tokens)
@@ -277,7 +282,8 @@ def main():
     trees = search_trees(model, tokenizer, left, search, source.seed)
     config_file = out.with_name(out.name + ".config")
     free = ("limit", "device", "dtype", *MEMORY_ONLY)
-    keep_config(config_file, (source, search), free, write=rank() == 0)
+    identity = identity_of(find_folder(source.model), [tokenizer])
+    keep_config(config_file, (source, search), free, identity, write=rank() == 0)
     write_trees(file, trees)
     seconds = time.perf_counter() - begin
     print(f"{file}: {len(left)} trees in {seconds:.1f} s, {len(mine) - len(left)} were there")

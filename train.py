@@ -13,7 +13,6 @@ Dimension key: E nodes of a pack, D width.
 """
 
 import gc
-import json
 import math
 import random
 import sys
@@ -42,8 +41,10 @@ from data import (
     TreeNode,
     check_solutions,
     check_token_ids,
+    check_trees,
     find_source,
     fitting,
+    identity_of,
     load_splits,
     outcome_of,
     rank_files,
@@ -66,7 +67,16 @@ from model import (
     save_model,
 )
 from support.checkpoints import Stop, forget, load_checkpoint, remove_checkpoints, save_checkpoint
-from support.files import head_commit, hold, keep_config, publish, read_json, sync, write_json
+from support.files import (
+    digest,
+    head_commit,
+    hold,
+    keep_config,
+    publish,
+    read_json,
+    sync,
+    write_json,
+)
 from support.flags import InputError, Recipe, flag, parse_args, run_command, visible
 from support.hugging_face import PRESETS, copy_files, find_folder, stored_dtype
 from support.memory import free_memory
@@ -242,7 +252,7 @@ def main(argv: list[str] | None = None):
     job = make_job(configs, device, splits)
     data_name = "-".join(Path(name).stem for name in run.data.split())
     folder = Path(run.out or f"runs/{data_name}-seed{run.seed}")
-    open_run(folder, configs, splits)
+    open_run(folder, configs, job, splits)
     run_stages(job, folder, splits)
     leave_ranks()
 
@@ -498,8 +508,8 @@ def searches_of(
     return found
 
 
-def open_run(folder: Path, configs: tuple, splits: dict):
-    """Make the run folder, or check that it belongs to the same configuration and questions.
+def open_run(folder: Path, configs: tuple, job: "Job", splits: dict):
+    """Make the run folder, or check that it belongs to the same configuration, questions and model.
 
     Other processes are kept away from it.
     """
@@ -512,14 +522,16 @@ def open_run(folder: Path, configs: tuple, splits: dict):
     hold(folder / "lock")
     asked = [question for name in ("sft", "valid", "test") for question in splits[name]]
     asked += [question for part in splits["search"] for question in part]
-    text = json.dumps([[question.text, question.answer] for question in asked])
+    rows = [[one.id, one.text, one.answer, one.solution] for one in asked]
+    model = None if job.run.model == "tiny" else find_folder(job.run.model)
+    tokenizers = [job.search_tokenizer, job.train_tokenizer]
     keep_config(
         folder / "config.json",
         configs,
         free=(*FREE, *MEMORY_ONLY),
+        identity={"questions": digest(rows), **identity_of(model, tokenizers)},
         write=rank() == 0,
         commit=head_commit(),
-        questions=zlib.crc32(text.encode()),
     )
 
 
@@ -849,6 +861,7 @@ def grow_trees(
         on_rank_0(lambda: take_trees(Path(job.run.trees), file, questions))
     found = resume_trees(file, rank(), world_size())
     check_token_ids(found, model.config.vocab_size, stage)
+    check_trees(found, questions, file)
     done = {tree.id for tree in found}
     barrier()  # all have read before anybody writes
     left = rank_share(question for question in questions if question.id not in done)
@@ -878,15 +891,12 @@ def take_trees(given: Path, file: Path, questions: list[Question]):
     """Copy the questions' trees of the files of `given` beside `file`, if there are none yet."""
     if rank_files(file):
         return
-    texts = {question.id: question.text for question in questions}
+    ids = {question.id for question in questions}
     found = {tree.id: tree for part in rank_files(given) for tree in read_trees(part)}
-    found = [tree for tree in found.values() if tree.id in texts]
-    foreign = [tree.id for tree in found if tree.question != texts[tree.id]]
-    problem = "" if found else "none has a tree there"
-    if foreign:
-        problem = f"question {foreign[0]} has another text there"
-    if problem:
-        raise InputError(f"--trees {given}: its trees are not of this round's questions: {problem}")
+    found = [tree for tree in found.values() if tree.id in ids]
+    if not found:
+        raise InputError(f"--trees {given}: none of this round's questions has a tree there")
+    check_trees(found, questions, given)
     publish(file.with_stem("trees-0"), lambda partial: write_trees(partial, found, "w"))
 
 

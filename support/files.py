@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -99,22 +100,36 @@ def head_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **more):
+def digest(value) -> str:
+    """A hash of something that JSON can hold."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def keep_config(
+    file: Path, configs: tuple, free: tuple, identity: dict[str, str], write: bool = True, **more
+):
     """Store the fields of the dataclasses in `configs`, or compare them with the stored ones.
 
-    Fields in `free` may differ; those that do are printed and stored. InputError names the fields
-    that differ and must not; `more` holds further entries, of which `questions` must not change
-    either.
+    Fields in `free` may differ; those that do are printed and stored. A field that is not stored
+    had its default. `identity` has a hash of each thing that the fields only name: its questions,
+    weights and so on. InputError names the fields and things that differ and must not; `more`
+    holds further entries.
     """
     wanted = {type(config).__name__: dataclasses.asdict(config) for config in configs}
     if not file.exists() and write:
-        write_json(file, {**wanted, **more})
-    stored = read_json(file) if file.exists() else wanted
+        write_json(file, {**wanted, "identity": identity, **more})
+    stored = read_json(file) if file.exists() else {**wanted, "identity": identity}
+    defaults = {}
+    for config in configs:
+        for item in dataclasses.fields(config):
+            defaults[type(config).__name__, item.name] = item.default
     different = []
     changed = []
     for part, fields in wanted.items():
         for name, value in fields.items():
-            before = stored.get(part, {}).get(name)
+            known = stored.get(part)
+            known = known if isinstance(known, dict) else {}
+            before = known.get(name, defaults[part, name])
             if before != value:
                 found = changed if name in free else different
                 found.append(f"{flag_name(name)} {before!r} -> {value!r}")
@@ -123,8 +138,14 @@ def keep_config(file: Path, configs: tuple, free: tuple, write: bool = True, **m
             f"{file} was created with a different configuration: {', '.join(different)}; "
             "choose a different --out"
         )
-    if stored.get("questions", more.get("questions")) != more.get("questions"):
-        raise InputError(f"{file} was created with different questions; choose a different --out")
+    known = stored.get("identity")
+    known = known if isinstance(known, dict) else {}
+    others = [name for name, mark in identity.items() if known.get(name, mark) != mark]
+    if others:
+        raise InputError(
+            f"{file} was created with other {' and '.join(others)} under the same names; choose a "
+            "different --out"
+        )
     if changed and write:
         write_json(file, {**stored, **wanted})
         print(f"{file}: from here on with {', '.join(changed)}")

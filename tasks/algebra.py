@@ -6,29 +6,27 @@ Run as a script, this file is the worker.
 import importlib.util
 import json
 import logging
-import math
 import random
 import re
 import select
 import subprocess
 import sys
-import time
 
 WORKER_MEMORY = 2**31  # bytes of address space
 DIGITS = 40  # of values that are compared
 GREEK = (
     "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|chi|"
-    "psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|hbar|ell"
+    "psi|omega|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|hbar|ell"
 )
-FUNCTIONS = (
+COMMANDS = (
     "(?:arc)?(?:sin|cos|tan|sec|csc|cot)h?|log|ln|exp|sqrt|frac|binom|gcd|lcm|max|min|det|sum|prod|"
     "int|lim|to"
 )
 SIGNS = (
     "cdot|times|div|pm|le|ge|ne|infty|cup|cap|in|emptyset|setminus|mathbb|lfloor|rfloor|lceil|rceil"
 )
-KNOWN = re.compile(  # all that an answer may hold
-    rf"(?!{{)(?:\\(?:{GREEK}|{FUNCTIONS}|{SIGNS})(?![A-Za-z])|\\[{{}}]"
+KNOWN = re.compile(  # the signs that `read` accepts; no text begins with a group in braces
+    rf"(?!{{)(?:\\(?:{GREEK}|{COMMANDS}|{SIGNS})(?![A-Za-z])|\\[{{}}]"
     r"|(?!0x)\d+(?:\.\d+)?(?![._{]| *\d)|[A-Za-z]|[-+*/^_=<>|!{}()\[,& ]|\](?!\[))*"
 )
 
@@ -36,13 +34,11 @@ KNOWN = re.compile(  # all that an answer may hold
 class Algebra:
     """math-verify in a worker process of at most 2 GiB.
 
-    A comparison may take `limit` seconds. After that the worker is killed, the next comparison
-    starts a new one, and the answers count as unequal.
+    If a comparison takes too long, the worker is killed, and the answers count as unequal; the next
+    comparison starts a new one.
     """
 
-    def __init__(self, limit: float = 1.2):
-        self.limit = limit
-        self.until = math.inf  # time.monotonic() after which nothing is asked any more
+    def __init__(self):
         self.process = None
         self.known = {}  # (left, right) -> whether they are equal
 
@@ -51,22 +47,24 @@ class Algebra:
         """Whether math-verify is installed."""
         return importlib.util.find_spec("math_verify") is not None
 
-    def equal(self, left: str, right: str) -> bool:
-        """Whether two normalised answers are equal. Each pair is asked once."""
+    def equal(self, left: str, right: str, seconds: float) -> bool:
+        """Whether two normalised answers are equal; False if there is no verdict in `seconds`.
+
+        What was found is kept, so that no pair has two verdicts.
+        """
         if (left, right) not in self.known:
-            self.known[left, right] = self.ask(left, right)
+            self.known[left, right] = self.ask(left, right, seconds)
         return self.known[left, right]
 
-    def ask(self, left: str, right: str) -> bool:
-        """The worker's verdict on a pair; False where it gives none in time."""
-        if time.monotonic() >= self.until:
+    def ask(self, left: str, right: str, seconds: float) -> bool:
+        """The worker's verdict on a pair; False if it gives none in time."""
+        if seconds <= 0:
             return False
-        if self.process is None:
-            self.start()
+        self.start()
         try:
             self.process.stdin.write(json.dumps([left, right]) + "\n")
             self.process.stdin.flush()
-            found = self.answer(min(self.limit, self.until - time.monotonic()))
+            found = self.answer(seconds)
         except OSError:
             found = ""
         if not found:
@@ -75,7 +73,9 @@ class Algebra:
         return found == "true\n"
 
     def start(self):
-        """Start the worker, and wait up to a minute for its imports."""
+        """Start the worker if there is none, and wait up to a minute for its imports."""
+        if self.process:
+            return
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -87,7 +87,7 @@ class Algebra:
 
     def answer(self, limit: float) -> str:
         """The worker's next line; "" where it does not come within `limit` seconds."""
-        if not select.select([self.process.stdout], [], [], max(0.0, limit))[0]:
+        if not select.select([self.process.stdout], [], [], limit)[0]:
             return ""
         return self.process.stdout.readline()
 
@@ -119,7 +119,10 @@ def read(text: str):
     if tokens.LA(1) != Token.EOF or parser.getNumberOfSyntaxErrors():
         raise ValueError(f"{text!r} is read in part only")
     config = ConversionConfig(lowercase_symbols=False)
-    return latex2sympy(text, normalization_config=None, conversion_config=config)
+    found = latex2sympy(text, normalization_config=None, conversion_config=config)
+    if "I" in text and found.has(sympy.I):
+        raise ValueError("the letter I is read as the imaginary unit")
+    return found
 
 
 def same(left, right) -> bool:
@@ -162,7 +165,7 @@ def same(left, right) -> bool:
 
 
 def ratio(left, right):
-    """left / right if it is the same number at four points, to 35 digits.
+    """left / right if it is the same number at four points, to 35 digits; constants have one.
 
     0 if it is not, None if the two have no values. It is 1 for expressions that are equal.
     """

@@ -4,32 +4,28 @@ import math
 import re
 from fractions import Fraction
 
-from tasks.notation import THOUSANDS, normalise
+from tasks.notation import THOUSANDS
 
 RECURRING = re.compile(r"(\d{1,9})\.(\d{0,9})\\overline\{?(\d{1,9})\}?")
 
 
-def to_number(text: str) -> Fraction | None:
-    """Exact value of a rational expression; None for anything else.
+def evaluate(text: str) -> Fraction | None:
+    """Exact value of a rational expression in our notation; None for anything else.
 
     An expression has numbers, + - * / ^ !, brackets, \\frac, roots of squares and mixed numbers.
     """
-    return evaluate(normalise(text))
-
-
-def evaluate(text: str) -> Fraction | None:
-    """`to_number` of a normalised answer."""
     text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     if not text or len(text) > 200:
         return None
     text = re.sub(r"\\(?:cdot|times|ast)(?![A-Za-z])", "*", text).replace("\\div", "/")
     text = re.sub(r"(?<![\d.]) | (?![\d.])", "", RECURRING.sub(recurring, text))
     tokens = re.findall(r"\d+(?:\.\d*)?|\\frac|\\sqrt|[-+*/^!(){}]|.", text)
+    tokens.reverse()
     try:
-        value, rest = total(tokens[::-1], 0)
+        value = sum_of(tokens, 0)
     except (ValueError, ZeroDivisionError, OverflowError, IndexError):
         return None
-    return None if rest else value
+    return None if tokens else value
 
 
 def recurring(number: re.Match) -> str:
@@ -40,8 +36,8 @@ def recurring(number: re.Match) -> str:
     return f"(\\frac{{{above}}}{{{below}}})"
 
 
-def total(tokens: list[str], depth: int) -> tuple[Fraction, list[str]]:
-    """The value of the longest sum at the end of `tokens`, and what is left.
+def sum_of(tokens: list[str], depth: int) -> Fraction:
+    """The value of the sum that the expression begins with.
 
     Here and in `power` and `atom`, `tokens` is reversed, and what is read is taken off its end.
     `depth` counts the brackets around it. ValueError, ZeroDivisionError, OverflowError or
@@ -59,7 +55,7 @@ def total(tokens: list[str], depth: int) -> tuple[Fraction, list[str]]:
             term = term / factor if operator == "/" else term * factor
         value += sign * term
         if not tokens or tokens[-1] not in "+-":
-            return value, tokens
+            return value
         sign = 1
 
 
@@ -88,7 +84,7 @@ def atom(tokens: list[str], depth: int) -> Fraction:
     if depth > 30:
         raise ValueError("too deep")
     if token in "({":
-        value, _ = total(tokens, depth + 1)
+        value = sum_of(tokens, depth + 1)
         if tokens.pop() != {"(": ")", "{": "}"}[token]:
             raise ValueError("brackets do not match")
         return value

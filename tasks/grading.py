@@ -4,7 +4,7 @@ docs/grading.md has the rules. There are three stages; the first that can decide
 
 1. Text, after notation that does not change the meaning is gone.
 2. Exact rational numbers, also element by element in tuples, intervals, lists, sets and matrices.
-3. Algebra (tasks/algebra.py), where the right answer is not made of numbers or words.
+3. Algebra (tasks/algebra.py), for what is neither words nor numbers.
 """
 
 import re
@@ -37,9 +37,10 @@ MARK = re.compile(
     r"|\bfinal answer\b(?: is\b)?",
     re.IGNORECASE | re.MULTILINE,
 )
-HEADING = re.compile(  # of a Markdown section, behind ####
+HEADING = re.compile(  # what makes #### a heading: its words, or a title that more text follows
     r"[ \t*_]*(?:step|part|case|solution|conclusion|explanation|problem|summary|check)\b"
-    r"|[ \t*_]*(?:\d+\. +[A-Z][^\n]*|(?!(?:true|false|yes|no|[A-J])[ .]*\n)[^\n\d$\\]*)\n\s*\S",
+    r"|[ \t*_]*\d+\. +[A-Z][^\n]*\n\s*\S"
+    r"|(?![ \t*_]*(?:true|false|yes|no|[A-J])[ .*_]*\n)[^\n\d$\\]*\n\s*\S",
     re.IGNORECASE,
 )
 LINE_END = re.compile(r"\n|</p>|</step>|</answer>|<\|")
@@ -66,7 +67,7 @@ AFTER_NUMBER = re.compile(  # the sentence's end, a clause, a note, or a unit
     r"|°[CF]?(?:[\s.,]|$)|/(?:year|month|week|day|hour|hr|h|minute|min|second|s|person)\b"
 )
 WORDS_AFTER_NUMBER = re.compile(r"\s([A-Za-z][A-Za-z'-]*)(?:,? (?:and )?(\S+))?")
-SHORT_PROSE = re.compile("an?|in|of|is|as|at|by|if|on|[ckm]m|kg|ft|lb|[ap]m", re.IGNORECASE)
+SHORT_PROSE = re.compile("an|in|of|is|as|at|by|if|on|[ckm]m|kg|ft|lb|[ap]m", re.IGNORECASE)
 BEFORE = re.compile(  # words between "the answer is" and the answer
     r"\A(?:(?:therefore|thus|then|approximately|about|around|roughly|exactly|equal to|given by"
     r"|simply|just|now|actually|of course|the number|a total of|option|choice"
@@ -75,7 +76,7 @@ BEFORE = re.compile(  # words between "the answer is" and the answer
 )
 JUDGEMENTS = {"correct", "incorrect", "wrong", "right", "valid", "reasonable", "unique", "known"}
 ABOUT_IT = JUDGEMENTS | {  # how a sentence about the answer goes on after "the answer is"
-    *("not", "the", "a", "an", "that", "what", "as", "also", "in", "found", "obtained", "verified"),
+    *("not", "the", "that", "what", "as", "also", "in", "found", "obtained", "verified"),
     *("based", "expected", "supported", "consistent", "clear", "positive", "negative", "unknown"),
 }
 SENTENCE_END = re.compile(r"(?<=[^\s.])[.!](?=\s+[A-Z])|,?\s(?=(?:because|since|which|where|so)\s)")
@@ -101,7 +102,8 @@ def extract_answer(text: str) -> str | None:
         rest = text[mark.end() :]
         if mark[0][0] != "\\":
             found = ",".join(reversed(boxes)) or first_answer(rest, mark[0] != "####")
-            if strong or found and not is_judgement(found):
+            phrase = mark[0].lower().endswith((" is", " are"))
+            if strong or found and not (phrase and is_judgement(found)):
                 return found
             continue
         found, length = boxed(rest)
@@ -168,7 +170,7 @@ def first_answer(rest: str, next_line: bool) -> str | None:
     else:
         end = SENTENCE_END.search(line)
         line = line[: end.start()] if end else line
-    return line.strip(" \t*_:").rstrip(".,;").strip(" \t*_") or None
+    return line.strip("*_: \t").rstrip(".,;").strip("*_ \t").strip() or None
 
 
 def formulas(rest: str) -> str:
@@ -189,24 +191,25 @@ def formulas(rest: str) -> str:
 
 
 def is_prose(tail: str) -> bool:
-    """Whether what follows a number is a unit or the rest of the sentence, not of a formula."""
+    """Whether the text after a number is a unit or prose, not part of a formula."""
     if AFTER_NUMBER.match(tail):
         return True
     words = WORDS_AFTER_NUMBER.match(tail)
-    if not words or changes(words[1]):
-        return words is not None and words[1] == "and" and is_word(words[2])
-    if re.match(r"[-+*/^=<>(\\]|[$]?\d", words[2] or ""):  # "5 xy + 2", "5 hours 30 minutes"
+    if not words:
         return False
-    return (
-        len(words[1]) > 2
-        or SHORT_PROSE.fullmatch(words[1])
-        and (len(words[1]) > 1 or bool(words[2]))
-    )
+    word, following = words[1], words[2] or ""
+    if word == "and":  # "5 and 6" is a list, "5 and the rest is" is not
+        return is_word(following)
+    if changes(word) or re.match(r"[-+*/^=<>(\\]|[$]?\d", following):  # "5 hours 30 minutes"
+        return False
+    if word.lower() == "a":  # "5 a day"
+        return bool(following)
+    return len(word) > 2 or bool(SHORT_PROSE.fullmatch(word))
 
 
-def is_word(text: str | None) -> bool:
+def is_word(text: str) -> bool:
     """Whether a text is a word of a sentence, not a part of a formula."""
-    return bool(text and re.fullmatch(r"[A-Za-z]{2,}[.,]?", text) and not changes(text.strip(".,")))
+    return bool(re.fullmatch(r"[A-Za-z]{2,}[.,]?", text)) and not changes(text.strip(".,"))
 
 
 # ------------------------------------------------------------------------------------ whole answers
@@ -235,22 +238,26 @@ PROSE = re.compile(
 
 
 def compare_answers(prediction: str | None, answer: str) -> tuple[bool, str]:
-    """Whether two answers are equal, and which of STAGES decided."""
+    """Whether two answers are equal, and which of STAGES decided.
+
+    "algebra" stands there, too, if it found nothing or its time was over.
+    """
     if prediction is None or not prediction.strip():
         return False, "none"
     for one, other in ((prediction, answer), (answer, prediction)):
         choice, letter = LABELLED.fullmatch(one[:LONGEST]), LETTER.fullmatch(other[:50])
         if choice and letter:
             return letter[1] in choice.groups(), "text"
-    measures = {measure(prediction[-50:]), measure(answer[-50:])} - {""}
-    if len(measures) == 2:  # 2 hours are not 2 minutes
+    measures = zip(measure(prediction[-60:]), measure(answer[-60:]))
+    if any(one and other and one != other for one, other in measures):  # 2 hours and 2 minutes
         return False, "text"
     left, right = normalise(prediction), normalise(answer)
     name, equal, value = left.rpartition("=")
     if equal and SUM_NAME.fullmatch(name) and evaluate(right) is not None:  # m+n=33
         left = value
-    algebra.until = time.monotonic() + SECONDS
-    return compare(left, right, 0)
+    if left != right and algebra.available() and needs_algebra(answer):
+        algebra.start()  # before the clock runs
+    return compare(left, right, time.monotonic() + SECONDS)
 
 
 def is_correct(prediction: str | None, answer: str) -> bool:
@@ -258,15 +265,18 @@ def is_correct(prediction: str | None, answer: str) -> bool:
     return compare_answers(prediction, answer)[0]
 
 
-def compare(left: str, right: str, depth: int) -> tuple[bool, str]:
-    """`compare_answers` of normalised answers, `depth` lists inside others."""
+def compare(left: str, right: str, until: float, depth: int = 0) -> tuple[bool, str]:
+    """`compare_answers` of normalised answers, `depth` lists inside others.
+
+    `until` is the time of time.monotonic when algebra ends.
+    """
     if left == right or max(len(left), len(right)) > LONGEST or depth > 5:
         return left == right, "text"
     whole = left, right
     left_name, left = split_name(left)
     right_name, right = split_name(right)
     if left_name and right_name and left_name != right_name:  # x=5 is not y=5
-        return by_algebra(*whole)
+        return by_algebra(*whole, until)
     if left == right:
         return True, "text"
     values = evaluate(left), evaluate(right)
@@ -276,19 +286,21 @@ def compare(left: str, right: str, depth: int) -> tuple[bool, str]:
     sizes = [len(one.elements) for one in parts]
     if parts[0].brackets != parts[1].brackets or sizes[0] != sizes[1]:
         sets = CONDITION.search(left) or CONDITION.search(right)  # 3<x<5 is (3,5)
-        return by_algebra(left, right) if sets else (False, "text")
+        return by_algebra(left, right, until) if sets else (False, "text")
     large = [text for text in (left, right) if THOUSANDS.fullmatch(text)]
     if large and (",0" in "".join(large) or not numeric(*parts)):
         return False, "text"  # 1,200 may be a list of numbers, but not x=1,y=200; 1,020 is no list
     if sizes[0] > 1:
-        return compare_parts(*parts, depth)
+        return compare_parts(*parts, until, depth)
     if (left, right) != (parts[0].elements[0], parts[1].elements[0]):  # without brackets
-        return compare(parts[0].elements[0], parts[1].elements[0], depth + 1)
+        return compare(parts[0].elements[0], parts[1].elements[0], until, depth + 1)
     if BASED.fullmatch(left) or BASED.fullmatch(right):
         return compare_bases(left, right), "text"
-    found = by_algebra(left, right)
+    if left[:1] == "[" or right[:1] == "[":  # [5] is no interval
+        return False, "text"
+    found = by_algebra(left, right, until)
     both = not found[0] and all("=" in text for text in whole) and whole != (left, right)
-    return by_algebra(*whole) if both else found
+    return by_algebra(*whole, until) if both else found
 
 
 def numeric(*parts: "Parts") -> bool:
@@ -296,13 +308,13 @@ def numeric(*parts: "Parts") -> bool:
     return all(evaluate(element) is not None for one in parts for element in one.elements)
 
 
-def by_algebra(left: str, right: str) -> tuple[bool, str]:
-    """Stage 3, where it can decide."""
+def by_algebra(left: str, right: str, until: float) -> tuple[bool, str]:
+    """Stage 3, where it can decide; False if the time is over."""
     both = left + right
     undecidable = is_text(left) or is_text(right) or DOTS.search(both) or NEXT_ROW in both
     if not left or undecidable or not algebra.available():
         return False, "text"
-    return algebra.equal(left, right), "algebra"
+    return algebra.equal(left, right, until - time.monotonic()), "algebra"
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -404,7 +416,7 @@ def balanced(text: str) -> bool:
     return split_outside(text + ",", COMMA) != [text + ","]
 
 
-def compare_parts(left: Parts, right: Parts, depth: int) -> tuple[bool, str]:
+def compare_parts(left: Parts, right: Parts, until: float, depth: int) -> tuple[bool, str]:
     """Whether all elements are equal, and the latest stage that one of them took.
 
     In their order, unless one side is a set, or all have names: x=1,y=2.
@@ -415,7 +427,7 @@ def compare_parts(left: Parts, right: Parts, depth: int) -> tuple[bool, str]:
     ordered = left.ordered and right.ordered and not (all(names[0]) and names[0] == names[1])
     for element in left.elements:
         for place, other in enumerate(waiting[:1] if ordered else waiting):
-            same, stage = compare(element, other, depth + 1)
+            same, stage = compare(element, other, until, depth + 1)
             if left.brackets == ":" and stage == "algebra":  # 3:00pm
                 same = False
             if same:
@@ -428,7 +440,10 @@ def compare_parts(left: Parts, right: Parts, depth: int) -> tuple[bool, str]:
 
 
 def compare_bases(left: str, right: str) -> bool:
-    """Whether two numbers are the same digits in the same base; one without a base is another."""
+    """Whether two numbers are the same digits in the same base.
+
+    A number without a base never equals one with a base.
+    """
     found = [BASED.fullmatch(text) for text in (left, right)]
     if None in found:
         return False

@@ -1,4 +1,4 @@
-"""One way of writing final answers: what does not change their meaning is removed.
+"""Brings final answers to one notation: removes what does not change their meaning.
 
 docs/grading.md has the rules. Letters that may be variables are never removed.
 """
@@ -81,7 +81,7 @@ SPELLINGS = [  # what is written, and how we write it, one after the other
     (r"(?<![\w.])(\d+\.\d+|1|\d+(?=E|e\d|e[-+]\d\d))[eE]([-+]?\d+)(?![\d.])", r"\1\\cdot 10^{\2}"),
     (r"^(?:approximately|about|roughly|around|\\approx) ", ""),
 ]
-SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
+RULES = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 DEGREES = re.compile(r" ?(?:\^ ?\{? ?\\(?:circ|degree)(?![A-Za-z]) ?\}?|°|\\degree(?![A-Za-z]))")
 DEGREES_OF = re.compile(rf"(\d+(?:\.\d+)?){DEGREES.pattern}")
 TRIGONOMETRIC = re.compile(rf"\\(?:{TRIGONOMETRY})|(?:{TRIGONOMETRY}) ?\(?\d")
@@ -105,7 +105,7 @@ MIXED = re.compile(r"(?<![\d.^/] )(?<![\d.^/])(\d+) (\d+)/(\d+)(?![\d/.])")
 
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALE = re.compile(rf"(?<=\d) ?({'|'.join(SCALES)})\b")
-MEASURES = [  # names of one unit, which is another one than those of the other lines
+UNITS = [  # names of one unit, which is another one than those of the other lines
     "h hr hrs hour hours",
     "min mins minute minutes",
     "s sec secs second seconds",
@@ -128,15 +128,17 @@ MEASURES = [  # names of one unit, which is another one than those of the other 
     "oz ounce ounces",
     "ml milliliter milliliters",
     "L liter liters litre litres",
+    "pair pairs",
+    "dozen",
     "deg degree degrees",
     "rad radian radians",
     "dollar dollars USD",
     "cent cents",
 ]
-MEASURES = {name: line.split()[0] for line in MEASURES for name in line.split()}
+MEASURES = {name: line.split()[0] for line in UNITS for name in line.split()}
 # other units of under four letters, and those that physicists write in formulas
 SHORT = re.compile(
-    "(?:deg|rad|pct|mph|kph|rpm|gal|sq|cu|EUR|m[ae]n|boy|box|cup|car|pen|egg|pie|cat|dog|bag)s?"
+    "(?:pct|mph|kph|rpm|gal|sq|cu|EUR|m[ae]n|boy|box|cup|car|pen|egg|pie|cat|dog|bag)s?"
 )
 SYMBOL = r"(?:[kcm]?[mgsNJWVAKLC]|k?Hz|Pa|mol|eV|h|ft|mi|yr)(?: ?\^ ?\{?-?\d\}?)?"
 COMPOUND = re.compile(
@@ -153,8 +155,11 @@ CHANGING = re.compile(
     r"|decrease|profit|loss|north|south|east|west|left|right|up|down|odd|even|infinitely|or|and|out|to|am|pm"
     r"|o'clock"
 )
+VARIABLES = ("x", "y", "z", "n", "k")  # \text{x} is no unit
 UNIT = re.compile(r"(?:(?<=[\d)}\]])|(?<=\\pi)) ([A-Za-z][A-Za-z&.' -]*)((?:\^\{?\d\}?)?)$")
-NOTE = re.compile(r"(?<=\d) \((?!if |when |where |for )[A-Za-z][A-Za-z ]{2,}\)$")  # 9 (apples)
+NOTE = re.compile(  # 9 (apples), 12 (cm^2), 50 (%)
+    r"(?<=\d) \((?!if |when |where |for )(?:[A-Za-z][A-Za-z /]+(?:\^\{?[23]\}?)?|\s*)\)$"
+)
 PER = re.compile(
     r"(?: ?/ ?| per | an? )(?:hour|hr|h|day|week|month|year|minute|min|second|sec|s|person)s?$"
 )
@@ -163,12 +168,26 @@ TEXT_UNIT = re.compile(  # \text{ m}/\text{s}^2
 )
 
 
-def measure(text: str) -> str:
-    """The first known unit behind the last digit of an answer; "" if there is none."""
-    if DEGREES.search(text):
-        return "deg"
-    words = re.findall("[A-Za-z]+", re.split(r"\d(?!\}?$)", re.sub(r"\^\{?\d\}?", "", text))[-1])
-    return next((MEASURES[word] for word in words if word in MEASURES), "")
+def measure(text: str) -> tuple[str, str, str]:
+    """The unit behind the last digit of an answer, its power, and what it is per; "" if unknown.
+
+    "60 cm^2/min" has cm, 2 and min.
+    """
+    behind = re.match(r".*(?<!\^)(?<!\^\{)\d(.*)", text, re.DOTALL)
+    if not behind:
+        return "", "", ""
+    tail = behind[1]
+    unit, _, per = re.sub(r"/| per | an? ", "/", tail).partition("/")
+    words, per_words = (re.findall("[A-Za-z]+", part) for part in (unit, per))
+    found = next((MEASURES[word] for word in words if word in MEASURES), "")
+    if DEGREES.search(tail):
+        found = "deg"
+    elif not found and text.count("$") == 1:
+        found = "dollar"
+    power = re.search(r"\^\{?([23])", unit)
+    named = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+    power = power[1] if power else next((named[word] for word in words if word in named), "")
+    return found, power, next((MEASURES[word] for word in per_words if word in MEASURES), "")
 
 
 def without_unit(text: str) -> str:
@@ -192,15 +211,22 @@ def without_unit(text: str) -> str:
     if not unit or changes(unit[1]):
         return text
     words = unit[1].replace(".", " ").split()
-    known = SHORT.fullmatch(words[0]) or words[0] in MEASURES and len(words[0]) > 1
-    known = known or len(words[0]) > 3
-    if text[: unit.start()].endswith("\\pi"):  # 2\pi hr is a product
-        known = words[0] in ("rad", "cm", "mm", "sq") or len(words[0]) > 3
-    return text[: unit.start()] if known else text
+    after_pi = text[: unit.start()].endswith("\\pi")
+    variables = any(len(word) == 1 and word != "a" for word in words)  # 3 feet x
+    return text if variables or not is_unit(words[0], after_pi) else text[: unit.start()]
+
+
+def is_unit(word: str, after_pi: bool) -> bool:
+    """Whether a word behind a space and a number is a unit; 2\\pi hr may be a product."""
+    if len(word) > 3:
+        return True
+    if after_pi:
+        return word in ("rad", "cm", "mm", "sq")
+    return bool(SHORT.fullmatch(word)) or word in MEASURES and len(word) > 1
 
 
 def changes(words: str) -> bool:
-    """Whether words behind a number change its value, or a letter among them may be a variable."""
+    """Whether words behind a number change its value, or are a variable."""
     found = re.findall(r"[A-Za-z']+", words.lower())
     return any(CHANGING.fullmatch(word) for word in found) or words.strip() in (
         "x",
@@ -235,14 +261,16 @@ def normalise(answer: str) -> str:
     if TRIGONOMETRIC.search(text):
         text = DEGREES_OF.sub(r"{\\frac{\1\\pi}{180}}", text)
     text = re.sub(rf"{DEGREES.pattern}(?: ?[CF](?![A-Za-z]))?", " ", text)
-    for pattern, new in SPELLINGS:
+    for pattern, new in RULES:
         text = pattern.sub(new, text)
     whole = WORDS.fullmatch(text.strip())
     text = (whole[1] if whole else text).strip().rstrip(".,;").strip()
     if CHOICE.fullmatch(text):
         text = text.strip("()")
     if PLAIN.fullmatch(text):
-        return " ".join(text.split()).strip("\"'").lower()
+        words = " ".join(text.split()).strip("\"'")
+        variable = len(words) == 1 and words.lower() not in "abcdefgh"  # those may be choices
+        return words if variable else words.lower()
     if not RELATION.search(text):
         text = AND.sub(", ", text)
     text = WORDS.sub(r" \1 ", without_unit(" ".join(text.split())))

@@ -219,3 +219,64 @@ def test_training_on_trees_that_were_searched_before(work):
         process = start(*train, "--out", "other", "--trees", file, cwd=folder)
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 2 and f"--trees {file}" in errors.splitlines()[-1]
+
+
+def refused(*words, cwd) -> str:
+    """What a command that ends with status 2 says."""
+    process = start(*words, cwd=cwd)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2, errors
+    return errors
+
+
+def test_what_a_search_was_made_with_may_not_change(work):
+    """Catches other questions, prompts or weights that are taken for the old ones because their
+    names are the same."""
+    folder, words = work
+    search = [ROOT / "mcts.py", *words, "--limit", "3", "--out", "trees.jsonl"]
+    finish(start(*search, cwd=folder))
+    assert "0 trees" in finish(start(*search, cwd=folder))
+    questions, prompt = folder / "sums.jsonl", folder / "prompt.txt"
+    weights = folder / "model" / "model.safetensors"
+    for file, change, message in (
+        (
+            questions,
+            lambda content: content.replace(b'"2"', b'"3"'),
+            "of another question or answer",
+        ),
+        (
+            questions,
+            lambda content: content.replace(b"0+0", b"1+1"),
+            "of another question or answer",
+        ),
+        (prompt, lambda content: content.replace(b"1+1=2", b"1+1=0"), "other prompts"),
+        (weights, lambda content: content[:-1] + bytes([content[-1] ^ 1]), "other weights"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(change(before))
+        assert file.read_bytes() != before
+        assert message in refused(*search, cwd=folder)
+        file.write_bytes(before)
+    assert "0 trees" in finish(start(*search, cwd=folder))
+
+
+def test_what_a_run_learns_from_may_not_change(work):
+    """Catches worked solutions or ids that are others when a run is resumed."""
+    folder, words = work
+    rows = [
+        {"question": f"{n}+1*2", "answer": "0", "solution": "0 #### 0", "id": n} for n in range(6)
+    ]
+    write_rows(folder / "few.jsonl", rows)
+    more = (
+        "--data few.jsonl --test-data sums.jsonl --test-limit 1 --sft-steps 1 --rounds 0 --out run"
+    )
+    train = [ROOT / "train.py", *words, *more.split()]
+    finish(start(*train, cwd=folder))
+    for change in ({"solution": "0+0=0 #### 0"}, {"id": "other"}):
+        write_rows(folder / "few.jsonl", [rows[0] | change, *rows[1:]])
+        assert "other questions" in refused(*train, cwd=folder)
+    write_rows(folder / "few.jsonl", rows)
+    config = json.loads((folder / "run" / "config.json").read_text())
+    del config["identity"], config["SearchConfig"]["in_flight"]  # as an older version wrote it
+    (folder / "run" / "config.json").write_text(json.dumps(config))
+    finish(start(*train, cwd=folder))

@@ -17,7 +17,7 @@ from model import Llama, read_config, save_model
 from support.flags import InputError
 from svpo import LossConfig, learn, pack
 from tasks.code_steps import split_xml
-from tasks.exact import to_number
+from tasks.exact import evaluate
 from tasks.grading import compare_answers, extract_answer, split_parts
 from tasks.notation import normalise
 
@@ -52,7 +52,7 @@ json_value = st.recursive(plain_value, lists_and_objects, max_leaves=8)
 def test_grading(prediction, answer):
     """Catches a grader that trips, or takes long, over an answer of any text."""
     extract_answer(prediction)
-    to_number(prediction)
+    evaluate(normalise(prediction))
     split_parts(normalise(prediction))
     equal, stage = compare_answers(prediction, answer)
     assert stage in ("none", "text", "number", "algebra") and (not equal or prediction.strip())
