@@ -486,16 +486,13 @@ def identity_of(folder: Path | None, tokenizers: list["StepTokenizer"]) -> dict[
     }
 
 
-def check_trees(trees: list["Tree"], questions: list[Question], file: Path):
+def check_trees(trees: list["Tree"], questions: list[Question], where: str):
     """Refuse trees that were grown for other questions under the ids of these."""
     asked = {question.id: question for question in questions}
     for tree in trees:
         question = asked.get(tree.id)
         if question and (tree.question, tree.answer) != (question.text, question.answer):
-            raise InputError(
-                f"{file}: the tree of question {tree.id} is of another question or answer; choose "
-                "a different --out"
-            )
+            raise InputError(f"{where}: tree {tree.id} is of another question or answer")
 
 
 def comparable(text: str) -> str:

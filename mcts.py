@@ -273,7 +273,7 @@ def main():
     model, tokenizer, questions = load_source(source, source.seed, "train")
     hold(out.with_name(out.name + ".lock"))
     found = resume_trees(out, rank(), world_size())
-    check_trees(found, questions, out)
+    check_trees(found, questions, f"--out {out}")
     done = {tree.id for tree in found}
     mine = questions[rank() :: world_size()]
     left = [question for question in mine if question.id not in done]

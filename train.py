@@ -861,7 +861,7 @@ def grow_trees(
         on_rank_0(lambda: take_trees(Path(job.run.trees), file, questions))
     found = resume_trees(file, rank(), world_size())
     check_token_ids(found, model.config.vocab_size, stage)
-    check_trees(found, questions, file)
+    check_trees(found, questions, f"--out {stage}")
     done = {tree.id for tree in found}
     barrier()  # all have read before anybody writes
     left = rank_share(question for question in questions if question.id not in done)
@@ -896,7 +896,7 @@ def take_trees(given: Path, file: Path, questions: list[Question]):
     found = [tree for tree in found.values() if tree.id in ids]
     if not found:
         raise InputError(f"--trees {given}: none of this round's questions has a tree there")
-    check_trees(found, questions, given)
+    check_trees(found, questions, f"--trees {given}")
     publish(file.with_stem("trees-0"), lambda partial: write_trees(partial, found, "w"))
 
 

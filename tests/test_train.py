@@ -266,7 +266,7 @@ def bad_inputs(folder: Path, model: Path):
     (folder / "torn.jsonl").write_text(row + '{"question": "1+')
     long = json.dumps({"question": TOO_LONG, "answer": "2"})
     (folder / "long.jsonl").write_text(row + long + "\n")
-    (folder / "problems.jsonl").write_text('{"problem": "1+1", "solution": "", "answer": "2"}\n')
+    (folder / "problems.jsonl").write_text('{"problem": {"text": "1+1"}, "answer": "2"}\n')
     (folder / "no_slot.txt").write_text("no place for the question")
     data = ["--data", "good.jsonl"]
     yield ["--model", "absent", *data], "absent"
@@ -275,7 +275,7 @@ def bad_inputs(folder: Path, model: Path):
     short = ["--max-step-tokens", "8"]
     yield ["--model", model, "--data", "long.jsonl", *short], "long-2"
     yield ["--model", model, *data], "--max-step-tokens"
-    yield ["--model", model, "--data", "problems.jsonl"], "problems.jsonl, line 1: needs a non-"
+    yield ["--model", model, "--data", "problems.jsonl"], "problems.jsonl, line 1: 'problem' must"
     yield ["--model", model, "--data", "gsm8k:problems.jsonl"], "read as a row of gsm8k"
     yield ["--model", model, "--data", "math:absent.jsonl"], "there is no file 'absent.jsonl'"
     yield ["--model", model, "--data", "math", "--data-dir", "."], "math/train.jsonl does not exist"
