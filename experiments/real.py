@@ -117,10 +117,10 @@ def pieces(config) -> Pieces:
     for seed in range(max(SEEDS.values())):
         yield f"trees {seed}", search_command(config, seed)
         if seed == 0:
-            yield from choices(config)
             yield from answers(config, "sft", sft)
             words = f"--model {sft} --trees {out}/trees-0.jsonl --roll-outs 32"
             yield "found", f"found.py trees {words} --json {out}/found/trees-0.json"
+            yield from choices(config)
         for row in ROWS:
             if seed < SEEDS.get(row, 1):
                 name = f"{row}-{seed}"
