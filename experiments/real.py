@@ -46,6 +46,8 @@ SFT = "--sft-batch 16 --no-recompute --save-every 50 --rounds 0"
 FIRST = "--sft-steps 500 --sft-lr 2e-4"  # SFT of the pretrained model
 LIMITS = "--max-depth 12 --max-step-tokens 96 --max-tokens 1024 --tree-tokens 4096"
 SEARCH = f"--simulations 12 --expand-width 4 {LIMITS}"
+TEMPERATURES = ("0.6", "0.8", "1.0")  # of search, to choose from
+HOT = "--search-temperature 0.8"  # chosen: most questions solved, and most pairs
 BATCH = 8  # trees of an optimizer step
 TUNE = f"--tune-batch {BATCH} --tune-epochs 1 --no-recompute --save-every 20 --rounds 1"
 FEW = "--test-limit 1"  # train.py's own table is not used
@@ -112,8 +114,14 @@ def pieces(config) -> Pieces:
     sft = out / "sft" / "sft"
     valid = out / "questions" / "valid.jsonl"
     yield "sft", f"train.py --model {config.model} {worked(config)} {FIRST} --out {out}/sft"
-    trees = f"--limit {JUDGED} {SEARCH} --no-leaf-value --out {out}/judged.jsonl"
-    yield "judged trees", f"mcts.py --model {sft} --data {valid} {trees}"
+    grow = f"mcts.py --model {sft} --data {valid} {SEARCH} --no-leaf-value"
+    for temperature in TEMPERATURES:
+        trees = f"{out}/temperature-{temperature}.jsonl"
+        words = f"--limit 100 --search-temperature {temperature} --out {trees}"
+        yield f"temperature {temperature}", f"{grow} {words}"
+        words = f"--model {sft} --trees {trees} --json {out}/found/temperature-{temperature}.json"
+        yield f"found at {temperature}", f"found.py trees {words}"
+    yield "judged trees", f"{grow} --limit {JUDGED} {HOT} --out {out}/judged.jsonl"
     for seed in range(max(SEEDS.values())):
         yield f"trees {seed}", search_command(config, seed)
         if seed == 0:
@@ -146,7 +154,7 @@ def search_command(config, seed: int) -> str:
     """mcts.py's search of the training part."""
     out = config.out
     data = f"--data {out}/questions/search.jsonl --limit {SEARCHED} --seed {seed}"
-    return f"mcts.py --model {out}/sft/sft {data} {SEARCH} --out {out}/trees-{seed}.jsonl"
+    return f"mcts.py --model {out}/sft/sft {data} {SEARCH} {HOT} --out {out}/trees-{seed}.jsonl"
 
 
 def round_command(config, row: str, seed: int, rate: str, out: Path, limit: int = SEARCHED) -> str:
@@ -157,7 +165,7 @@ def round_command(config, row: str, seed: int, rate: str, out: Path, limit: int 
         words = f"{worked(config)} --sft-batch {BATCH} --sft-steps {steps} --sft-lr {rate}"
     else:
         data = f"--data {folder}/questions/search.jsonl --test-data {folder}/questions/valid.jsonl"
-        words = f"{data} {FEW} {SEARCH} {TUNE} --tune-lr {rate} {ROWS[row]}"
+        words = f"{data} {FEW} {SEARCH} {HOT} {TUNE} --tune-lr {rate} {ROWS[row]}"
         words += f" --limit {limit}"
         words += "" if row == "grpo" else f" --trees {folder}/trees-{seed}.jsonl"
     return f"train.py --model {folder}/sft/sft {words} --seed {seed} --out {out}"
