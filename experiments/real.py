@@ -187,17 +187,14 @@ def last_stage(folder: Path, row: str) -> Path:
 def answers(config, name: str, model: Path) -> Pieces:
     """What is measured of a model: answers to the test part and GSM8K's, and V on trees."""
     common = f"eval.py --model {model} {LIMITS} --data-dir {config.data_dir}"
-    results = config.out / "results"
-    strategies = " ".join(STRATEGIES if name in ANSWERED_IN_FULL else FEWER)
-    yield (
-        f"{name} answers",
-        f"{common} --data {config.out}/questions/test.jsonl --strategy {strategies} "
-        f"--trees {config.out}/judged.jsonl --json {results}/{name}.json",
-    )
-    yield (
-        f"{name} on gsm8k",
-        f"{common} --data gsm8k:test --strategy greedy --json {results}/{name}.gsm8k.json",
-    )
+    results = config.out / "results" / name
+    test = f"--data {config.out}/questions/test.jsonl"
+    for strategy in STRATEGIES if name in ANSWERED_IN_FULL else FEWER:
+        words = f"{test} --strategy {strategy} --json {results}/{strategy.replace(':', '-')}.json"
+        words += f" --trees {config.out}/judged.jsonl" if strategy == "greedy" else ""
+        yield f"{name} {strategy}", f"{common} {words}"
+    words = f"--data gsm8k:test --strategy greedy --json {results}/gsm8k.json"
+    yield f"{name} on gsm8k", f"{common} {words}"
 
 
 # ---------------------------------------------------------------------------------- learning rates
@@ -243,8 +240,6 @@ def run(config):
     """Go on with the pieces until the minutes are over."""
     end = time.monotonic() + 60 * config.minutes
     cut_questions(config.out / "questions", config.data_dir)
-    for folder in ("results", "found", "choices"):
-        (config.out / folder).mkdir(exist_ok=True)
     file = config.out / "done.json"  # piece -> its seconds, over all tries
     done = read_json(file) if file.exists() else {}
     for name, command in pieces(config):
@@ -254,6 +249,9 @@ def run(config):
         command = tiny(command) if config.tiny else command
         print(f"\n{name}: python {command}", flush=True)
         begin = time.monotonic()
+        into = re.search(r"--json (\S+)", command)
+        if into:
+            Path(into[1]).parent.mkdir(parents=True, exist_ok=True)
         ended = within(command, end)
         seconds = spent["seconds"] + time.monotonic() - begin
         mark = {"command": command, "commit": head_commit()[:7]}
@@ -306,10 +304,7 @@ def within(command: str, end: float, grace: float = 120) -> bool:
 def collect(config) -> list[dict]:
     """A line for all that was measured so far, written to OUT/real.jsonl."""
     done = read_json(config.out / "done.json")
-    rows = []
-    for file in sorted((config.out / "results").glob("*.json")):
-        if not file.stem.endswith(".gsm8k"):
-            rows.append(answer_line(file) | {"commit": done[f"{file.stem} answers"]["commit"]})
+    rows = [answer_line(file) for file in sorted((config.out / "results").glob("*/*.json"))]
     for row in ROWS:
         rates = valid_accuracy(config, row)
         if rates:
@@ -325,29 +320,25 @@ def collect(config) -> list[dict]:
 
 def answer_line(file: Path) -> dict:
     """What a model answers: of each question, in the order of their ids, 1 if it was right."""
-    row = read_json(file)
-    name, _, seed = file.stem.rpartition("-")
-    answers = {answer["strategy"]: answer for answer in row["answers"]}
-    harder = file.with_name(f"{file.stem}.gsm8k.json")
-    if harder.exists():
-        answers["gsm8k greedy"] = read_json(harder)["answers"][0]
-    found = {}
-    for strategy, answer in answers.items():
-        right = "".join(str(int(one["correct"])) for one in answer["answers"])
-        found[strategy] = {"right": right}
-        found[strategy] |= {key: answer[key] for key in ("sampled_tokens", "seconds", "stated")}
-    line = {"kind": "answers", "row": name or file.stem, "seed": int(seed) if name else 0}
-    judged = {key: row[key] for key in ("siblings", "diagnosis") if key in row}
-    return line | {"strategies": found, **judged}
+    found = read_json(file)
+    answer = found["answers"][0]
+    row, _, seed = file.parent.name.rpartition("-")
+    line = {"kind": "answers", "row": row or file.parent.name, "seed": int(seed) if row else 0}
+    line["strategy"] = "gsm8k greedy" if file.stem == "gsm8k" else answer["strategy"]
+    line |= {key: answer[key] for key in ("sampled_tokens", "seconds", "stated")}
+    line["right"] = "".join(str(int(one["correct"])) for one in answer["answers"])
+    return line | {key: found[key] for key in ("siblings", "diagnosis") if key in found}
 
 
 def scores(rows: list[dict], row: str, strategy: str) -> list[float]:
     """The points of each question under a strategy, 0 to 100: the mean over the row's seeds."""
-    mine = [line for line in rows if line["kind"] == "answers" and line["row"] == row]
-    strings = [
-        line["strategies"][strategy]["right"] for line in mine if strategy in line["strategies"]
-    ]
-    return [100 * statistics.fmean(map(int, digits)) for digits in zip(*strings)]
+    mine = [line for line in lines_of(rows, row) if line["strategy"] == strategy]
+    digits = zip(*(line["right"] for line in mine))
+    return [100 * statistics.fmean(map(int, question)) for question in digits]
+
+
+def lines_of(rows: list[dict], row: str) -> list[dict]:
+    return [line for line in rows if line["kind"] == "answers" and line["row"] == row]
 
 
 def mean_and_error(points: list[float]) -> str:
@@ -383,12 +374,12 @@ def answers_table(rows: list[dict]) -> str:
     strategies = [*STRATEGIES, "gsm8k greedy"]
     lines = []
     for name in names_of(rows):
-        mine = [line for line in rows if line["kind"] == "answers" and line["row"] == name]
+        mine = lines_of(rows, name)
         cells = [mean_and_error(scores(rows, name, strategy)) for strategy in strategies]
         ranked = [line["siblings"]["accuracy"] for line in mine if "siblings" in line]
         ranked = [share for share in ranked if share is not None]
         cells.append(f"{statistics.fmean(ranked):.3f}" if ranked else "-")
-        lines.append([name, str(len(mine)), *cells])
+        lines.append([name, str(len({line["seed"] for line in mine})), *cells])
     return markdown(["row", "seeds", *strategies, "siblings, V"], lines)
 
 
