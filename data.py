@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from support.chat import answer_end, chat_template
-from support.files import append, digest, sync
+from support.files import append, as_object, digest, json_object, parse_json, sync
 from support.flags import InputError, Recipe, flag
 from support.hugging_face import find_folder, weights_mark
 from support.tokenizer_files import UNLIMITED, read_tokenizer, vocabulary_of
@@ -297,17 +297,6 @@ def read_rows(
         yield number, json_object(line, f"{file}, line {number}")
 
 
-def json_object(text: str, where: str):
-    """The object that a text holds; InputError, which begins with `where`, for anything else."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})")
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    return row
-
-
 def read_published(file: Path, limit: int | None) -> Iterator[tuple[int, dict]]:
     """(number, object) of each row of a question file: JSONL or a JSON array, plain or in gzip.
 
@@ -329,15 +318,8 @@ def read_published(file: Path, limit: int | None) -> Iterator[tuple[int, dict]]:
     if content.lstrip()[:1] != b"[":
         yield from read_rows(file, limit, content)
         return
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON ({error})")
-    for number, row in enumerate(rows[:limit], 1):
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise InputError(f"{file}, row {number}: expected a JSON object, got {kind}")
-        yield number, row
+    for number, row in enumerate(parse_json(content, str(file))[:limit], 1):
+        yield number, as_object(row, f"{file}, row {number}")
 
 
 def to_question(row: dict, dataset: str, where: str, identity: str) -> Question | None:
@@ -365,14 +347,13 @@ def to_question(row: dict, dataset: str, where: str, identity: str) -> Question 
     return question
 
 
-def new_id(identity: str, ids: set[str]) -> str:
+def new_id(identity: str, ids: dict[str, int]) -> str:
     """An id that is not in `ids`, and is added there: repeated ones get numbers."""
     found = identity
-    number = 2
     while found in ids:
-        found = f"{identity}-{number}"
-        number += 1
-    ids.add(found)
+        ids[identity] += 1
+        found = f"{identity}-{ids[identity]}"
+    ids[found] = 1
     return found
 
 
@@ -390,7 +371,7 @@ def load_questions(
         count = 500 if limit is None else limit
         return [Question(*row) for row in generate(name, split or "test", count, seed)]
     questions = []
-    ids = set()
+    ids = {}
     for word in split_words(spec):
         dataset, file = locate(word, data_dir, split)
         if word in DATASETS and word != "plain":
@@ -452,7 +433,7 @@ def load_splits(run) -> dict[str, list]:
             f"no --test-data: the last fifth of each file of {run.data}, {len(test)} questions, is "
             "held out for testing"
         )
-    ids = set()  # of all files together
+    ids = {}  # of all files together
     for question in questions:
         question.id = new_id(question.id, ids)
     tested = {comparable(question.text) for question in test}

@@ -21,13 +21,29 @@ LOCKS = {}  # file -> handle of each lock that this process holds
 def read_json(file: Path) -> dict:
     """The JSON object in a file; InputError if there is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{file}: no such file")
+    return json_object(content, str(file))
+
+
+def json_object(content: str | bytes, where: str) -> dict:
+    """The object that a text holds; InputError, which begins with `where`, for anything else."""
+    return as_object(parse_json(content, where), where)
+
+
+def parse_json(content: str | bytes, where: str):
+    """The value of a text in JSON; InputError, which begins with `where`, if it is not valid."""
+    try:
+        return json.loads(content.decode("utf-8") if isinstance(content, bytes) else content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON ({error})")
+        raise InputError(f"{where}: not valid JSON ({error})")
+
+
+def as_object(value, where: str) -> dict:
+    """A value that must be an object; InputError, which begins with `where`, if it is not."""
     if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
+        raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -119,17 +135,15 @@ def keep_config(
     if not file.exists() and write:
         write_json(file, {**wanted, "identity": identity, **more})
     stored = read_json(file) if file.exists() else {**wanted, "identity": identity}
-    defaults = {}
-    for config in configs:
-        for item in dataclasses.fields(config):
-            defaults[type(config).__name__, item.name] = item.default
     different = []
     changed = []
-    for part, fields in wanted.items():
-        for name, value in fields.items():
-            known = stored.get(part)
-            known = known if isinstance(known, dict) else {}
-            before = known.get(name, defaults[part, name])
+    for config in configs:
+        part = type(config).__name__
+        known = stored.get(part)
+        known = known if isinstance(known, dict) else {}
+        for item in dataclasses.fields(config):
+            name, value = item.name, wanted[part][item.name]
+            before = known.get(name, item.default)
             if before != value:
                 found = changed if name in free else different
                 found.append(f"{flag_name(name)} {before!r} -> {value!r}")

@@ -3,6 +3,7 @@
 Run as a script, this file is the worker.
 """
 
+import functools
 import importlib.util
 import json
 import logging
@@ -31,6 +32,9 @@ KNOWN = re.compile(  # the signs that `read` accepts; no text begins with a grou
 )
 
 
+SUCH_THAT = re.compile(r"\\{[A-Za-z](?:\\mid|\||:)(.*)\\}")  # {x: x>1}
+
+
 class Algebra:
     """math-verify in a worker process of at most 2 GiB.
 
@@ -43,6 +47,7 @@ class Algebra:
         self.known = {}  # (left, right) -> whether they are equal
 
     @staticmethod
+    @functools.cache
     def available() -> bool:
         """Whether math-verify is installed."""
         return importlib.util.find_spec("math_verify") is not None
@@ -108,8 +113,8 @@ def read(text: str):
         parts = re.split(rf"(?<![A-Za-z\\]){word}(?![A-Za-z])", text)
         if len(parts) > 1:
             return kind(*map(read, parts))
-    builder = re.fullmatch(r"\\\{([A-Za-z])(?:\\mid|\||:)(.*)\\\}", text)  # {x: x>1}
-    text = builder[2] if builder else text
+    builder = SUCH_THAT.fullmatch(text)
+    text = builder[1] if builder else text
     if not KNOWN.fullmatch(text):
         raise ValueError(f"{text!r} has signs that the parser does not know")
     tokens = CommonTokenStream(PSLexer(InputStream(text)))

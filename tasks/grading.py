@@ -11,7 +11,7 @@ import re
 import time
 from typing import NamedTuple
 
-from tasks.algebra import algebra
+from tasks.algebra import SUCH_THAT, algebra
 from tasks.exact import evaluate
 from tasks.notation import (
     FUNCTION,
@@ -62,7 +62,8 @@ NUMBER = re.compile(  # with a sign, a currency, a fraction, a percent sign and 
 )
 NEVER_PROSE = rf"(?!(?:{FUNCTION}|pi|theta|or|and)(?![a-z]))"
 AFTER_NUMBER = re.compile(  # the sentence's end, a clause, a note, or a unit
-    rf"[.,;:!?]*(?:\*\*|__)?[.,;:!?]*$|(?:\*\*|__)[\s.,;:!?]|[.!?]\s+[A-Z]|[,;]\s+{NEVER_PROSE}[A-Za-z]{{2}}"
+    r"[.,;:!?]*(?:\*\*|__)?[.,;:!?]*$|(?:\*\*|__)[\s.,;:!?]|[.!?]\s+[A-Z]"
+    rf"|[,;]\s+{NEVER_PROSE}[A-Za-z]{{2}}"
     rf"|\s\((?=[A-Za-z]{{2,}}[ )])|\s[—–-]\s{NEVER_PROSE}[A-Za-z]{{2}}"
     r"|°[CF]?(?:[\s.,]|$)|/(?:year|month|week|day|hour|hr|h|minute|min|second|s|person)\b"
 )
@@ -96,16 +97,27 @@ def extract_answer(text: str) -> str | None:
     marks = list(MARK.finditer(text))[-2 * MARKS :]
     marks = [mark for mark in marks if not is_heading(mark, text)]
     strong = [mark for mark in marks if mark[0] == "####" or mark[0][0] == "\\"]
-    boxes = []  # the last boxes, from right to left
+    return last_marked(text, strong) if strong else last_statement(text, marks)
+
+
+def last_statement(text: str, marks: list[re.Match]) -> str | None:
+    """The answer after the last phrase such as "the answer is"."""
+    for mark in marks[: -MARKS - 1 : -1]:  # the last one first
+        found = first_answer(text[mark.end() :], next_line=True)
+        phrase = mark[0].lower().endswith((" is", " are"))
+        if found and not (phrase and is_judgement(found)):
+            return found
+    return None
+
+
+def last_marked(text: str, marks: list[re.Match]) -> str | None:
+    """The answer after the last #### or in the last boxes, those that commas join."""
+    boxes = []  # from right to left
     begin = 0  # of the leftmost of them
-    for mark in (strong or marks)[: -MARKS - 1 : -1]:  # the last one first
+    for mark in marks[: -MARKS - 1 : -1]:  # the last one first
         rest = text[mark.end() :]
-        if mark[0][0] != "\\":
-            found = ",".join(reversed(boxes)) or first_answer(rest, mark[0] != "####")
-            phrase = mark[0].lower().endswith((" is", " are"))
-            if strong or found and not (phrase and is_judgement(found)):
-                return found
-            continue
+        if mark[0] == "####":
+            return ",".join(reversed(boxes)) or first_answer(rest, next_line=False)
         found, length = boxed(rest)
         if not found:
             continue
@@ -216,8 +228,8 @@ def is_word(text: str) -> bool:
 
 NAME = re.compile(r"\\?[A-Za-z][\\A-Za-z\d_'. ]*")  # without what stands in brackets
 SUM_NAME = re.compile(r"[A-Za-z](?:[-+]?[A-Za-z])*|\|[A-Za-z]+\||\[[A-Z]{3,}\]")  # m+n
-SUCH_THAT = re.compile(r"\\{[A-Za-z](?:\\mid|\||:)(.*)\\}")  # {x: x>1}
 GROUP = re.compile(r"\{[^{}]*\}|\([^()]*\)|\[[^\[\]]*\]")
+APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 RELATION_SIGN = re.compile(r"=|\\approx(?![A-Za-z])|\\in(?![A-Za-z])")
 BASED = re.compile(r"\(?(\d[0-9A-Fa-f]*)\)?_\{?(\d+)\}?")  # 101_2
 MATRIX = re.compile(
@@ -233,7 +245,8 @@ LABELLED = re.compile(  # a choice with what it says: "(A) 21", "A. 21", "Option
 )
 DOTS = re.compile(r"\\[lc]?dots(?![A-Za-z])")
 PROSE = re.compile(
-    r"(?<![\\A-Za-z])(?!sqrt|sin|cos|tan|log|ln|pi)[A-Za-z]{4,}|(?<![\\A-Za-z])(?:the|not|for|all)(?![A-Za-z])"
+    r"(?<![\\A-Za-z])(?!sqrt|sin|cos|tan|log|ln|pi)[A-Za-z]{4,}"
+    r"|(?<![\\A-Za-z])(?:the|not|for|all)(?![A-Za-z])"
 )
 
 
@@ -255,7 +268,7 @@ def compare_answers(prediction: str | None, answer: str) -> tuple[bool, str]:
     name, equal, value = left.rpartition("=")
     if equal and SUM_NAME.fullmatch(name) and evaluate(right) is not None:  # m+n=33
         left = value
-    if left != right and algebra.available() and needs_algebra(answer):
+    if left != right and undecided(right) and algebra.available():
         algebra.start()  # before the clock runs
     return compare(left, right, time.monotonic() + SECONDS)
 
@@ -324,7 +337,7 @@ def split_name(text: str) -> tuple[str, str]:
     follows `\\approx` is not the value if an exact one stands before it. An equation whose left
     side is an expression is a value as a whole.
     """
-    exact, *rounded = split_outside(text, re.compile(r"\\approx(?![A-Za-z])"))
+    exact, *rounded = split_outside(text, APPROXIMATELY)
     if rounded and not is_name(exact):
         text = exact
     *names, value = split_outside(text, RELATION_SIGN)
@@ -457,7 +470,11 @@ def is_text(answer: str) -> bool:
 
 def needs_algebra(answer: str) -> bool:
     """Whether grading against this answer may need stage 3."""
-    text = normalise(answer)
+    return undecided(normalise(answer))
+
+
+def undecided(text: str) -> bool:
+    """`needs_algebra` of a normalised answer."""
     if len(text) > LONGEST or PLAIN.fullmatch(text):
         return False
     elements = split_parts(split_name(text)[1]).elements
