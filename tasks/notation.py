@@ -146,14 +146,17 @@ COMPOUND = re.compile(
 )
 LONG = "|".join(name for name in MEASURES if len(name) > 3)
 ATTACHED = re.compile(rf"(?<=\d)(?:cm|mm|km|kg|lbs?|mph|kph|{LONG})(?:\^[23])?$")  # 10cm
-# Words behind a number that are no unit, because they change its value.
+# Words behind a number that are no unit, because they change its value. Functions may have an
+# argument of a letter: sinx; but logs and seconds are units.
 CHANGING = re.compile(
-    rf"(?:(?:{FUNCTION})\w*)+|alpha|beta|gamma|delta|epsilon|lambda|omega|theta|sigma|phi|rho|tau|pi|\w*illions?"
-    r"|hundreds?|thousands?|lakhs?|crores?|dozenth|\w*(?:ir|four|fif|six|seven|eigh|nin|ten|elf|el|twentie"
-    r"|hundred|thousand|million)(?:th|d)s?|hal(?:f|ves)|quarters?|plus|minus|times|over|divided|raised"
-    r"|remainder|factorial|squared|cubed|doubled|tripled|choose|modulo|mod|base|more|less|fewer|below|above|increase"
-    r"|decrease|profit|loss|north|south|east|west|left|right|up|down|odd|even|infinitely|or|and|out|to|am|pm"
-    r"|o'clock"
+    r"(?!(?:cost|logs|secs|sins|tans|cots)$)"
+    rf"(?:(?:{FUNCTION})(?:alpha|beta|theta|phi|pi|[a-z])?)+"
+    r"|alpha|beta|gamma|delta|epsilon|lambda|omega|theta|sigma|phi|rho|tau|pi"
+    r"|\w*illions?|hundreds?|thousands?|lakhs?|crores?|dozenth|hal(?:f|ves)|quarters?"
+    r"|\w*(?:ir|four|fif|six|seven|eigh|nin|ten|elf|el|twentie|hundred|thousand|million)(?:th|d)s?"
+    r"|plus|minus|times|over|divided|raised|remainder|factorial|squared|cubed|doubled|tripled"
+    r"|choose|modulo|mod|base|more|less|fewer|below|above|increase|decrease|profit|loss"
+    r"|north|south|east|west|left|right|up|down|odd|even|infinitely|or|and|out|to|am|pm|o'clock"
 )
 VARIABLES = ("x", "y", "z", "n", "k")  # \text{x} is no unit
 UNIT = re.compile(r"(?:(?<=[\d)}\]])|(?<=\\pi)) ([A-Za-z][A-Za-z&.' -]*)((?:\^\{?\d\}?)?)$")

@@ -166,6 +166,7 @@ infinity | (1,+\infty) = (1,\infty) ; +\infty = \infty
 exact and rounded | x=2\sqrt3\approx3.46 :: 2\sqrt3 ; 10\pi ≈ 31.4 :: 10\pi
 exact and rounded | \frac23\approx0.667 :: 2/3
 imaginary unit | 3+2\mathrm{i} = 3+2i
+words like functions | 5 seconds = 5 ; 5 logs = 5 ; 5 expenses = 5 ; 5 tangerines = 5
 notes | 5 (km) = 5 ; 12 (cm^2) = 12 ; 50 (%) = 50 ; 8 (miles/hour) = 8
 sums | $15 per hour = 15 dollars per hour
 compound units | 5 m/s = 5 ; 5 m^2 = 5 ; -30 \mathrm{~m} / \mathrm{s} = -30 ; \$18 per day = 18
@@ -234,6 +235,7 @@ Answer:\n5 -> 5
 <think>\boxed{3}</think> The answer is 5 -> 5
 The correct answer is (C) -> (C)
 The answer is simply 5 -> 5
+#### 5 seconds in total -> 5
 The answer is a = 5 -> a = 5
 The answer is A and B -> A and B
 Answer: Not enough information -> Not enough information
