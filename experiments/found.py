@@ -7,7 +7,8 @@
     python experiments/found.py perplexity --model FOLDER --data-dir FOLDER [--limit 200]
                                 of the worked solutions of MATH, a benchmark that is not trained on
 
-With `trees` and `pairs`, the model is the one that grew them.
+With `trees` and `pairs`, the model is the one that grew them. Roll-outs are sampled as the search
+was, by the configuration that mcts.py keeps beside the trees.
 """
 
 import argparse
@@ -38,11 +39,9 @@ from engine import load_source
 from experiments.why import agreement, roll_outs
 from mcts import SearchConfig
 from model import load_model
-from support.files import write_json
+from support.files import read_json, write_json
 from support.flags import fast_dtype, run_command, visible
 from svpo import outcomes_below, rescore, sibling_pairs
-
-LIMITS = SearchConfig(max_depth=12, max_step_tokens=96, max_tokens=1024)
 
 
 def describe(trees: list[Tree]) -> dict:
@@ -65,10 +64,12 @@ def solved(tree: Tree) -> bool:
     return any(node.reward == 1 for node in tree.nodes)
 
 
-def compare_roll_outs(model, tokenizer, trees: list[Tree], count: int, seed: int) -> dict:
+def compare_roll_outs(
+    model, tokenizer: StepTokenizer, trees: list[Tree], count: int, seed: int, search: SearchConfig
+) -> dict:
     """Q against `count` solutions from each of 100 steps, of trees with right and wrong ends."""
     mixed = [tree for tree in trees if all(ends[0] for ends in outcomes_below(tree))]
-    rows = roll_outs(model, tokenizer, mixed, 100, count, seed, LIMITS)
+    rows = roll_outs(model, tokenizer, mixed, 100, count, seed, search)
     return {"q": agreement(rows, "q"), "steps": rows}
 
 
@@ -136,7 +137,11 @@ def main():
         found = describe(trees)
         if config.roll_outs:
             model = load_model(config.model, dtype=getattr(torch, fast_dtype("cpu")))
-            found |= compare_roll_outs(model, tokenizer, trees, config.roll_outs, config.seed)
+            kept = read_json(config.trees.with_name(config.trees.name + ".config"))
+            search = SearchConfig(**kept["SearchConfig"])  # temperature and limits
+            found |= compare_roll_outs(
+                model, tokenizer, trees, config.roll_outs, config.seed, search
+            )
     print(json.dumps({key: value for key, value in found.items() if key != "steps"}, indent=1))
     if config.json:
         write_json(config.json, found)

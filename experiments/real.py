@@ -21,9 +21,7 @@ import json
 import math
 import re
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 import time
 import zlib
@@ -34,16 +32,18 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from data import load_questions
+from experiments.gsm8k import within
+from experiments.results import Table
 from support.files import head_commit, publish, read_json, write_json
-from support.flags import InputError, run_command
+from support.flags import run_command
 
 QUESTIONS = "mawps:singleop mawps:addsub mawps:multiarith svamp:test"
 PARTS = ("test",) * 3 + ("valid",) + ("search",) * 6  # of ten questions
 JUDGED = 200  # questions of the validation part whose trees V is measured on
 SEARCHED = 800  # questions of the training part that are searched
 SHORT = 300  # of these, in a round that is trained to choose a learning rate
-SFT = "--sft-batch 16 --no-recompute --save-every 50 --rounds 0"
-FIRST = "--sft-steps 500 --sft-lr 2e-4"  # SFT of the pretrained model
+SFT = "--no-recompute --save-every 50 --rounds 0"
+FIRST = "--sft-batch 16 --sft-steps 500 --sft-lr 2e-4"  # SFT of the pretrained model
 LIMITS = "--max-depth 12 --max-step-tokens 96 --max-tokens 1024 --tree-tokens 4096"
 SEARCH = f"--simulations 12 --expand-width 4 {LIMITS}"
 TEMPERATURES = ("0.6", "0.8", "1.0")  # of search, to choose from
@@ -136,7 +136,9 @@ def pieces(config) -> Pieces:
                 yield from answers(config, name, last_stage(out / name, row))
     for row in TWICE:
         name = f"{row}-twice-0"
-        yield name, second_round(config, row, out / name)
+        first = out / f"{row}-0" / "round1"
+        rate = chosen(config, row)
+        yield name, round_command(config, row, 10, rate, out / name, start=first)
         yield from answers(config, name, out / name / "round1")
     for name in ("pretrained", "sft", *(f"{row}-0" for row in TWICE)):
         folder = {"pretrained": config.model, "sft": sft}.get(name, out / name / "round1")
@@ -157,26 +159,29 @@ def search_command(config, seed: int) -> str:
     return f"mcts.py --model {out}/sft/sft {data} {SEARCH} {HOT} --out {out}/trees-{seed}.jsonl"
 
 
-def round_command(config, row: str, seed: int, rate: str, out: Path, limit: int = SEARCHED) -> str:
-    """train.py's round of a row, on the trees of the first `limit` questions."""
+def round_command(
+    config,
+    row: str,
+    seed: int,
+    rate: str,
+    out: Path,
+    limit: int = SEARCHED,
+    start: Path | None = None,
+) -> str:
+    """train.py's round of a row, on the first `limit` questions.
+
+    It learns from the trees of the SFT model, or searches with the model in `start`.
+    """
     folder = config.out
     if ROWS[row] is None:
-        steps = limit // BATCH
-        words = f"{worked(config)} --sft-batch {BATCH} --sft-steps {steps} --sft-lr {rate}"
+        words = f"{worked(config)} --sft-batch {BATCH} --sft-steps {limit // BATCH} --sft-lr {rate}"
     else:
         data = f"--data {folder}/questions/search.jsonl --test-data {folder}/questions/valid.jsonl"
-        words = f"{data} {FEW} {SEARCH} {HOT} {TUNE} --tune-lr {rate} {ROWS[row]}"
-        words += f" --limit {limit}"
-        words += "" if row == "grpo" else f" --trees {folder}/trees-{seed}.jsonl"
-    return f"train.py --model {folder}/sft/sft {words} --seed {seed} --out {out}"
-
-
-def second_round(config, row: str, out: Path) -> str:
-    """A round that searches with the model of the row's first one."""
-    command = round_command(config, row, 0, chosen(config, row), out)
-    command = command.replace(f"{config.out}/sft/sft", f"{config.out}/{row}-0/round1")
-    command = command.replace(f" --trees {config.out}/trees-0.jsonl", "")
-    return command.replace("--seed 0", "--seed 10")
+        words = f"{data} {FEW} {SEARCH} {HOT} {TUNE} --tune-lr {rate} {ROWS[row]} --limit {limit}"
+        if row != "grpo" and start is None:
+            words += f" --trees {folder}/trees-{seed}.jsonl"
+    model = start or folder / "sft" / "sft"
+    return f"train.py --model {model} {words} --seed {seed} --out {out}"
 
 
 def last_stage(folder: Path, row: str) -> Path:
@@ -187,13 +192,13 @@ def last_stage(folder: Path, row: str) -> Path:
 def answers(config, name: str, model: Path) -> Pieces:
     """What is measured of a model: answers to the test part and GSM8K's, and V on trees."""
     common = f"eval.py --model {model} {LIMITS} --data-dir {config.data_dir}"
-    results = config.out / "results" / name
+    results = f"{config.out}/results/{name}"
     test = f"--data {config.out}/questions/test.jsonl"
     for strategy in STRATEGIES if name in ANSWERED_IN_FULL else FEWER:
-        words = f"{test} --strategy {strategy} --json {results}/{strategy.replace(':', '-')}.json"
+        words = f"{test} --strategy {strategy} --json {results}.{strategy.replace(':', '-')}.json"
         words += f" --trees {config.out}/judged.jsonl" if strategy == "greedy" else ""
         yield f"{name} {strategy}", f"{common} {words}"
-    words = f"--data gsm8k:test --strategy greedy --json {results}/gsm8k.json"
+    words = f"--data gsm8k:test --strategy greedy --json {results}.gsm8k.json"
     yield f"{name} on gsm8k", f"{common} {words}"
 
 
@@ -240,6 +245,8 @@ def run(config):
     """Go on with the pieces until the minutes are over."""
     end = time.monotonic() + 60 * config.minutes
     cut_questions(config.out / "questions", config.data_dir)
+    for folder in ("results", "found", "choices"):
+        (config.out / folder).mkdir(exist_ok=True)
     file = config.out / "done.json"  # piece -> its seconds, over all tries
     done = read_json(file) if file.exists() else {}
     for name, command in pieces(config):
@@ -249,10 +256,9 @@ def run(config):
         command = tiny(command) if config.tiny else command
         print(f"\n{name}: python {command}", flush=True)
         begin = time.monotonic()
-        into = re.search(r"--json (\S+)", command)
-        if into:
-            Path(into[1]).parent.mkdir(parents=True, exist_ok=True)
-        ended = within(command, end)
+        script, *words = shlex.split(command)
+        folder = HERE if (HERE / script).exists() else HERE.parent
+        ended = within([folder / script, *words], end, grace=120)
         seconds = spent["seconds"] + time.monotonic() - begin
         mark = {"command": command, "commit": head_commit()[:7]}
         done[name] = {"seconds": round(seconds), "done": ended, **mark}
@@ -274,37 +280,13 @@ def tiny(command: str) -> str:
     return " ".join(words)
 
 
-def within(command: str, end: float, grace: float = 120) -> bool:
-    """Run a command until it ends or the time is over; returns whether it ended.
-
-    It is asked to stop at `end`, and killed if it has not stopped `grace` seconds later.
-    """
-    script, *words = shlex.split(command)
-    folder = HERE if (HERE / script).exists() else HERE.parent
-    process = subprocess.Popen([sys.executable, folder / script, *words])
-    try:
-        process.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(grace)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        return False
-    if process.returncode:
-        status = process.returncode
-        raise InputError(f"{script} ended with status {status}; its message stands above")
-    return True
-
-
 # ------------------------------------------------------------------------------ what was measured
 
 
 def collect(config) -> list[dict]:
     """A line for all that was measured so far, written to OUT/real.jsonl."""
     done = read_json(config.out / "done.json")
-    rows = [answer_line(file) for file in sorted((config.out / "results").glob("*/*.json"))]
+    rows = [answer_line(file) for file in sorted((config.out / "results").glob("*.json"))]
     for row in ROWS:
         rates = valid_accuracy(config, row)
         if rates:
@@ -322,9 +304,10 @@ def answer_line(file: Path) -> dict:
     """What a model answers: of each question, in the order of their ids, 1 if it was right."""
     found = read_json(file)
     answer = found["answers"][0]
-    row, _, seed = file.parent.name.rpartition("-")
-    line = {"kind": "answers", "row": row or file.parent.name, "seed": int(seed) if row else 0}
-    line["strategy"] = "gsm8k greedy" if file.stem == "gsm8k" else answer["strategy"]
+    model, _, kind = file.stem.partition(".")
+    row, _, seed = model.rpartition("-")
+    line = {"kind": "answers", "row": row or model, "seed": int(seed) if row else 0}
+    line["strategy"] = "gsm8k greedy" if kind == "gsm8k" else answer["strategy"]
     line |= {key: answer[key] for key in ("sampled_tokens", "seconds", "stated")}
     line["right"] = "".join(str(int(one["correct"])) for one in answer["answers"])
     return line | {key: found[key] for key in ("siblings", "diagnosis") if key in found}
@@ -363,12 +346,6 @@ def names_of(rows: list[dict]) -> list[str]:
     return [name for name in order if name in measured]
 
 
-def markdown(headings: list[str], lines: list[list[str]]) -> str:
-    rule = "|---" * len(headings) + "|"
-    texts = ["| " + " | ".join(line) + " |" for line in [headings, *lines]]
-    return "\n".join([texts[0], rule, *texts[1:]])
-
-
 def answers_table(rows: list[dict]) -> str:
     """Accuracy in % with its standard error over questions, and how siblings are ranked."""
     strategies = [*STRATEGIES, "gsm8k greedy"]
@@ -380,7 +357,7 @@ def answers_table(rows: list[dict]) -> str:
         ranked = [share for share in ranked if share is not None]
         cells.append(f"{statistics.fmean(ranked):.3f}" if ranked else "-")
         lines.append([name, str(len({line["seed"] for line in mine})), *cells])
-    return markdown(["row", "seeds", *strategies, "siblings, V"], lines)
+    return Table(["row", "seeds", *strategies, "siblings, V"], lines).markdown()
 
 
 def differences_table(rows: list[dict]) -> str:
@@ -399,7 +376,7 @@ def differences_table(rows: list[dict]) -> str:
         own = zip(scores(rows, name, "beam:1,5"), scores(rows, name, "greedy"))
         lines.append([name, *cells, mean_and_error([beam - greedy for beam, greedy in own])])
     headings = ["row", "greedy - sft's", "gsm8k - sft's", "greedy - svpo's", "SBS(1,5) - svpo's"]
-    return markdown([*headings, "SBS(1,5) - greedy"], lines)
+    return Table([*headings, "SBS(1,5) - greedy"], lines).markdown()
 
 
 def choices_table(rows: list[dict]) -> str:
@@ -412,7 +389,7 @@ def choices_table(rows: list[dict]) -> str:
             lines.append(
                 [name, *(f"{100 * rates[rate]:.1f}" if rate in rates else "-" for rate in RATES)]
             )
-    return markdown(["row", *RATES], lines)
+    return Table(["row", *RATES], lines).markdown()
 
 
 def show_tables(rows: list[dict]):

@@ -4,8 +4,17 @@ import re
 import statistics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from conftest import ROOT
+
+from data import RECIPES, SourceConfig
+from eval import AnswerConfig, EvalConfig
+from experiments import real
+from mcts import SearchConfig, TreesConfig
+from support.flags import parse_args
+from svpo import LossConfig
+from train import RunConfig, TrainConfig
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import readme  # noqa: E402
@@ -37,6 +46,23 @@ def test_every_row_names_flags_that_exist(tmp_path):
     command = [sys.executable, "-c", EVERY_ROW, str(ROOT), str(ROOT / "experiments")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.endswith("all\n"), done.stderr
+
+
+def test_every_piece_names_flags_that_exist(tmp_path):
+    """Catches a piece of real.py that would end with an error after hours of others."""
+    config = SimpleNamespace(out=tmp_path, model=tmp_path, data_dir=tmp_path)
+    scripts = {
+        "train.py": (RunConfig, TrainConfig, SearchConfig, LossConfig, AnswerConfig),
+        "mcts.py": (SourceConfig, TreesConfig, SearchConfig),
+        "eval.py": (SourceConfig, EvalConfig, SearchConfig, AnswerConfig),
+    }
+    names = []
+    for name, command in real.pieces(config):
+        names.append(name)
+        script, *words = command.split()
+        if script in scripts:
+            parse_args("", scripts[script], words, recipes=RECIPES)
+    assert len(set(names)) == len(names) > 100
 
 
 def measured() -> tuple[list[dict], list[dict]]:
