@@ -508,7 +508,7 @@ def searches_of(
     return found
 
 
-def open_run(folder: Path, configs: tuple, job: "Job", splits: dict):
+def open_run(folder: Path, configs: tuple, job: Job, splits: dict):
     """Make the run folder, or check that it belongs to the same configuration, questions and model.
 
     Other processes are kept away from it.

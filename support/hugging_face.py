@@ -205,7 +205,8 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_mark(folder: Path) -> str:
     """A hash of a folder's weights: the size of each file, and 64 pieces of 4 KiB spread over it.
 
-    Other weights have another mark, for the time of reading a quarter of a megabyte a file.
+    It tells weights of another training apart, for the time of reading a quarter of a megabyte a
+    file. A few changed numbers may be missed.
     """
     mark = hashlib.blake2b(digest_size=16)
     for file in weight_files(folder):
