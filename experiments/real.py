@@ -66,9 +66,10 @@ ROWS = {  # row -> flags of train.py; None: worked solutions again, as many step
 RATE_OF = {"no-margin": "svpo", "no-squared-error": "svpo"}  # rows with the rate of another one
 SEEDS = {"sft-longer": 3, "rft": 3, "alphamath": 3, "svpo": 3}  # how many of a row; others: 1
 TWICE = ("rft", "svpo")  # rows with a second round
-FEWER = ("greedy", "beam:1,5")
 STRATEGIES = ("greedy", "beam:1,5", "majority:5", "best:5", "beam:3,5")
-ANSWERED_IN_FULL = ("sft", "rft-0", "alphamath-0", "svpo-0")  # with all STRATEGIES
+ANSWERED_IN_FULL = ("sft", "alphamath-0", "svpo-0")  # with all STRATEGIES
+BY_VOTE = ("rft-0",)  # V is not trained: greedily and by majority
+VALUED = ("alphamath", "svpo", "no-margin", "no-squared-error")  # V is trained: SBS(1,5) too
 TINY = {  # in place of these flags
     "--sft-steps": 2,
     "--sft-batch": 2,
@@ -194,12 +195,23 @@ def answers(config, name: str, model: Path) -> Pieces:
     common = f"eval.py --model {model} {LIMITS} --data-dir {config.data_dir}"
     results = f"{config.out}/results/{name}"
     test = f"--data {config.out}/questions/test.jsonl"
-    for strategy in STRATEGIES if name in ANSWERED_IN_FULL else FEWER:
+    for strategy in strategies_of(name):
         words = f"{test} --strategy {strategy} --json {results}.{strategy.replace(':', '-')}.json"
         words += f" --trees {config.out}/judged.jsonl" if strategy == "greedy" else ""
         yield f"{name} {strategy}", f"{common} {words}"
-    words = f"--data gsm8k:test --strategy greedy --json {results}.gsm8k.json"
-    yield f"{name} on gsm8k", f"{common} {words}"
+    if name == "sft" or name.endswith("-0"):  # harder questions: the first seed only
+        words = f"--data gsm8k:test --strategy greedy --json {results}.gsm8k.json"
+        yield f"{name} on gsm8k", f"{common} {words}"
+
+
+def strategies_of(name: str) -> tuple[str, ...]:
+    """The strategies that a model answers with."""
+    if name in ANSWERED_IN_FULL:
+        return STRATEGIES
+    if name in BY_VOTE:
+        return ("greedy", "majority:5")
+    valued = name.rpartition("-")[0].removesuffix("-twice") in VALUED
+    return ("greedy", "beam:1,5") if valued else ("greedy",)
 
 
 # ---------------------------------------------------------------------------------- learning rates
