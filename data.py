@@ -27,13 +27,23 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from support.chat import answer_end, chat_template
-from support.files import append, as_object, digest, json_object, parse_json, sync
+from support.files import (
+    append,
+    as_object,
+    digest,
+    json_object,
+    parse_json,
+    read_file,
+    read_text,
+    sealed,
+    sync,
+)
 from support.flags import InputError, Recipe, flag
 from support.hugging_face import find_folder, weights_mark
 from support.tokenizer_files import UNLIMITED, read_tokenizer, vocabulary_of
 from tasks.algebra import algebra
 from tasks.built_in import generate, is_built_in
-from tasks.code_steps import run_code, split_xml
+from tasks.code_steps import check_sandbox, split_xml
 from tasks.grading import extract_answer, is_correct, needs_algebra
 
 
@@ -80,6 +90,8 @@ PARAGRAPHS = StepFormat("\n\n")
 XML = StepFormat("</step>", split_xml)
 STEP_FORMATS = {"lines": LINES, "paragraphs": PARAGRAPHS, "xml": XML}  # the values of --steps
 IN_CACHE = 2**18  # logits that a CPU samples from at once: 1 MB in float32
+MOST_TOKENS = 2**20  # of a tree that is read from a file
+MOST_PAIRS = 2 * 10**6  # of siblings in such a tree
 
 
 # ------------------------------------------------------------------- rows of published datasets
@@ -288,10 +300,9 @@ def read_rows(
     `content` takes the place of what the file holds. InputError names the line of a bad one.
     """
     try:
-        text = (file.read_bytes() if content is None else content).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file}: cannot be read ({reason})")
+        text = (read_file(file) if content is None else content).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: cannot be read ({error})")
     lines = [pair for pair in enumerate(text.split("\n"), 1) if pair[1].strip()]
     for number, line in lines[:limit]:
         yield number, json_object(line, f"{file}, line {number}")
@@ -302,13 +313,12 @@ def read_published(file: Path, limit: int | None) -> Iterator[tuple[int, dict]]:
 
     InputError for parquet and CSV, with the command that converts them.
     """
+    content = read_file(file)
     try:
-        content = file.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file}: cannot be read ({reason})")
+        raise InputError(f"{file}: cannot be read ({error})")
     kinds = {".csv": "csv", ".parquet": "parquet"}
     kind = "parquet" if content[:4] == b"PAR1" else kinds.get(file.suffix.lower())
     if kind:
@@ -454,6 +464,13 @@ def split_words(spec: str) -> list[str]:
     return [spec] if Path(spec).exists() else spec.split()
 
 
+def question_files(source, split: str = "") -> list[Path]:
+    """The files that --data names (SourceConfig); none for a built-in task."""
+    if is_built_in(source.data):
+        return []
+    return [locate(word, source.data_dir, split)[1] for word in split_words(source.data)]
+
+
 def identity_of(folder: Path | None, tokenizers: list["StepTokenizer"]) -> dict[str, str]:
     """Hashes of what a search or a run is made with: weights, tokenizer and prompts.
 
@@ -543,14 +560,16 @@ class StepTokenizer:
         """Of each token, four booleans (4, V): whether it ends the text, may end a step, holds
         visible text, and holds visible text before its delimiter."""
         delimiter = self.steps.delimiter
+        known = [token for token in self.tokenizer.get_vocab().values() if token < self.vocabulary]
         rows = []
-        size = 1 + max(self.tokenizer.get_vocab().values())
-        for token in range(min(size, self.vocabulary)):
+        for token in known:
             text = self.tokenizer.decode([token], skip_special_tokens=False)
             visible = self.long_delimiter or bool(text.strip())
             before = self.long_delimiter or bool(text.partition(delimiter)[0].strip())
             rows.append([token in self.eos_ids, delimiter[-1] in text, visible, before])
-        return torch.tensor(rows).T.contiguous()
+        tables_4V = torch.zeros(4, 1 + max(known), dtype=torch.bool)
+        tables_4V[:, known] = torch.tensor(rows).T
+        return tables_4V
 
     def encode_prompt(self, question: Question, room: int | None = None) -> list[int]:
         """The tokens of a question's prompt; InputError if there are more than `room`.
@@ -664,10 +683,7 @@ def read_template(file: str) -> str:
     """The prompt around {question}: the text of a file, or the question and a line break."""
     if not file:
         return "{question}\n"
-    try:
-        template = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: the prompt cannot be read ({error})")
+    template = read_text(Path(file))
     if "{question}" not in template:
         raise InputError(f"{file}: the prompt must contain {{question}}")
     return template
@@ -806,7 +822,7 @@ def write_trees(file: Path, trees: Iterable[Tree], mode: str = "a"):
     """Append trees, one JSON line each, as they come; with mode "w" they replace the file."""
     open(file, mode).close()
     for tree in trees:
-        append(file, json.dumps(dataclasses.asdict(tree)) + "\n")
+        append(file, json.dumps(sealed(dataclasses.asdict(tree))) + "\n")
     sync(file)
 
 
@@ -858,8 +874,19 @@ def read_trees(file: str | Path, content: bytes | None = None) -> list[Tree]:
             problem = node_problem(index, node)
             if problem:
                 raise InputError(f"{where}, node {index}: {problem}")
+        check_size(tree, where)
         trees.append(tree)
     return trees
+
+
+def check_size(tree: Tree, where: str):
+    """Refuse a tree with more tokens or siblings than there is memory to train on."""
+    if tree.tokens() > MOST_TOKENS:
+        raise InputError(f"{where}: the tree has {tree.tokens()} tokens, at most {MOST_TOKENS} fit")
+    siblings = Counter(node.parent for node in tree.nodes)
+    pairs = sum(count * (count - 1) // 2 for count in siblings.values())
+    if pairs > MOST_PAIRS:
+        raise InputError(f"{where}: {pairs} pairs of siblings, at most {MOST_PAIRS} are compared")
 
 
 def check_token_ids(trees: list[Tree], vocabulary: int, file: str | Path):
@@ -896,7 +923,7 @@ def resume_trees(file: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
     """
     trees = {}
     for other, owner in rank_files(file).items():
-        content = other.read_bytes()
+        content = read_file(other)
         whole = content.rfind(b"\n") + 1
         if owner % ranks == rank and whole < len(content):
             os.truncate(other, whole)
@@ -1022,8 +1049,8 @@ def find_source(source: SourceConfig) -> tuple[Path, StepTokenizer]:
     tools = source.tools == "python"
     if tools and steps is not XML:
         raise InputError("--tools python needs --steps xml: other steps have no code blocks")
-    if tools and run_code(["<code>6 * 7</code>"]) != ["42"]:
-        raise InputError("--tools python: the sandbox does not compute 6 * 7")
+    if tools:
+        check_sandbox()
     chat = chat_template(folder) if source.chat else None
     template = read_template(source.prompt)
     # read before the weights: a tokenizer of another model is told by its size

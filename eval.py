@@ -11,7 +11,6 @@ receives their children, and returns the node that it answers with, or None.
 
 import dataclasses
 import math
-import os
 import random
 import statistics
 import sys
@@ -30,13 +29,14 @@ from data import (
     Tree,
     check_token_ids,
     fitting,
+    question_files,
     read_trees,
 )
 from engine import Demand, Engine, Node, context_of, load_source
 from mcts import SearchConfig, demand_of, mcts, search_trees
 from model import Llama, load_model
 from support.figures import draw_budget, draw_run
-from support.files import read_json, write_json
+from support.files import check_output, is_plain, read_json, write_json
 from support.flags import InputError, flag, parse_args, run_command
 from support.page import shorten, write_page
 from support.ranks import (
@@ -416,8 +416,9 @@ def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
 
 def show_trees(file: Path, model: str) -> str:
     """Draw the trees of a file as a page beside it; returns a summary of one line."""
-    trees = read_trees(file)
     out = file.with_suffix(".html")
+    check_output(out, "the page of --show", [file])
+    trees = read_trees(file)
     if not trees:
         raise InputError(f"{file}: there are no trees in it")
     tokenizer = find_tokenizer(file, model)
@@ -433,7 +434,8 @@ def find_tokenizer(trees: Path, model: str) -> StepTokenizer:
     folders = [model]
     if not model:
         kept = trees.with_name(trees.name + ".config")
-        source = read_json(kept).get("SourceConfig", {}) if kept.exists() else {}
+        shape = {"SourceConfig": {"model": str}}
+        source = read_json(kept, shape)["SourceConfig"] if is_plain(kept) else {}
         folders = [trees.parent, source.get("model")]
     for folder in filter(None, folders):
         if (Path(folder) / "tokenizer.json").exists():
@@ -522,6 +524,14 @@ class EvalConfig:
     )
 
 
+def check_outputs(out: Path, config: EvalConfig, source: SourceConfig):
+    """Refuse --json where it would write over an input; the same for its chart."""
+    inputs = [*question_files(source, "test"), source.prompt, config.trees]
+    check_output(out, "--json", filter(None, inputs))
+    if config.budget:
+        check_output(out.with_suffix(".png"), "the chart of --json", filter(None, [*inputs, out]))
+
+
 def main():
     drawing = any(word.startswith(("--show", "--figures")) for word in sys.argv)
     kinds = (SourceConfig, EvalConfig, SearchConfig, AnswerConfig)
@@ -538,8 +548,8 @@ def main():
     for strategy in strategies:
         parse_strategy(strategy)
     out = Path(config.json)
-    if config.json and not os.access(out.absolute().parent, os.W_OK):
-        raise InputError(f"--json {out}: its folder does not exist or cannot be written to")
+    if config.json:
+        check_outputs(out, config, source)
     if world_size() > 1:
         join_ranks(source)
     trees = read_trees(config.trees) if config.trees else []

@@ -16,6 +16,7 @@ a block or of a flat line, P tokens of a prefix, L layers.
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,9 +32,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from support.config_json import FAMILIES, REQUIRED, parse_config
-from support.files import publish, write_json
+from support.files import check_files, publish, write_checksums, write_json
 from support.flags import InputError
 from support.hugging_face import (
+    COPIED,
     HEAD,
     INDEX,
     WEIGHTS,
@@ -535,6 +537,8 @@ def load_model(
     `seed`.
     """
     folder = find_folder(name)
+    if torch.device(device).type != "meta":
+        check_files(folder)
     config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config)
@@ -554,7 +558,7 @@ def save_model(
     state: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ):
-    """Write config.json, model.safetensors with its index, and value_head.safetensors.
+    """Write config.json, model.safetensors with its index, value_head.safetensors, checksums.json.
 
     The folder opens in transformers and vLLM: the index keeps the value head from readers that take
     every file. `state` replaces the model's own tensors where those are shards. Weights are written
@@ -572,7 +576,7 @@ def save_model(
     save_tensors(folder / WEIGHTS, state)
     size = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(sorted(state), WEIGHTS)}
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index, seal=False)
     for shard in folder.glob("model-*-of-*.safetensors"):  # of what was here before
         shard.unlink()
     config = {
@@ -582,7 +586,11 @@ def save_model(
         **{key: REQUIRED[key] for key in ("hidden_act", "attention_bias", "mlp_bias")},
         **asdict(model.config),
     }
-    write_json(folder / "config.json", config)
+    text = json.dumps(config, indent=1) + "\n"
+    others = [file for pattern in COPIED for file in folder.glob(pattern)]
+    files = [*others, folder / WEIGHTS, folder / HEAD, folder / INDEX]
+    write_checksums(folder, files, **{"config.json": text})
+    publish(folder / "config.json", lambda partial: partial.write_text(text))
 
 
 def written(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

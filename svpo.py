@@ -31,7 +31,7 @@ from torch import Tensor
 
 from data import Tree, TreeNode
 from model import TILE, Llama, block_mask, path_mask, token_logp
-from support.files import publish
+from support.files import digest, publish
 from support.flags import InputError, flag
 from support.ranks import gather, on_rank_0, rank_share
 
@@ -576,27 +576,30 @@ def add_reference(model: Llama, trees: list[Tree], file: Path, pack_tokens: int 
     """
     marks = fingerprints(model, trees)
     if file.exists():
-        logp = read_reference(file, marks)
+        logp = read_reference(file, marks, sum(len(tree.nodes) for tree in trees))
     else:
         numbers = rank_share(range(len(trees)))
         rescored = rescore(model, rank_share(trees), pack_tokens)
         mine = [(n, [node.logp for node in tree.nodes]) for n, tree in zip(numbers, rescored)]
         logp = [value for _, values in sorted(gather(mine)) for value in values]
         tensors = {"logp": torch.tensor(logp)}
+        marks["logp"] = digest(tensors["logp"].tolist())
         on_rank_0(lambda: publish(file, lambda partial: save_file(tensors, partial, marks)))
     nodes = [node for tree in trees for node in tree.nodes]
     for node, value in zip(nodes, logp):
         node.logp = value
 
 
-def read_reference(file: Path, marks: dict[str, str]) -> list[float]:
-    """The log-probabilities in a file that must have these fingerprints."""
+def read_reference(file: Path, marks: dict[str, str], nodes: int) -> list[float]:
+    """The log-probabilities of `nodes` nodes in a file that must have these fingerprints."""
     try:
         with safe_open(file, "pt") as stored:
             found = stored.metadata() or {}
             logp = stored.get_tensor("logp").tolist()
     except SafetensorError as error:
         raise InputError(f"{file}: not readable ({error}); delete it to have it computed again")
+    if len(logp) != nodes or found.get("logp") != digest(logp):
+        raise InputError(f"{file}: damaged; delete it to have it computed again")
     for name, mark in marks.items():
         if found.get(name) != mark:
             raise InputError(

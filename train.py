@@ -15,6 +15,7 @@ Dimension key: E nodes of a pack, D width.
 import gc
 import math
 import random
+import re
 import sys
 import time
 import zlib
@@ -71,6 +72,7 @@ from support.files import (
     digest,
     head_commit,
     hold,
+    is_plain,
     keep_config,
     publish,
     read_json,
@@ -92,7 +94,7 @@ from support.ranks import (
     rank_share,
     world_size,
 )
-from support.tables import print_stages
+from support.tables import STAGE, print_stages
 from svpo import (
     COUNTS,
     DIVISORS,
@@ -514,8 +516,8 @@ def open_run(folder: Path, configs: tuple, job: Job, splits: dict):
     Other processes are kept away from it.
     """
     if folder.exists() and not (folder / "config.json").exists():
-        ours = ("lock", "config.json.partial")
-        if any(file.name not in ours for file in folder.iterdir()):
+        ours = r"lock(-\d+)?|config\.json\.partial"
+        if any(not re.fullmatch(ours, file.name) for file in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no run; choose another --out")
     barrier()  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
@@ -1012,8 +1014,8 @@ def evaluate(job: Job, splits: dict, source: Path, stage: Path, first: Path) -> 
     `first` stage: the same pairs for all.
     """
     file = stage / "eval.json"
-    if file.exists():
-        return read_json(file)
+    if is_plain(file):
+        return read_json(file, STAGE)
     model = job.load(source)
     seed = job.run.seed
     answers = []

@@ -1,24 +1,24 @@
 """Prompts in the chat template of a model's folder, rendered as transformers does."""
 
+import contextlib
 import json
+import resource
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from support.files import read_json
+from support.files import read_json, read_text
 from support.flags import InputError
 from support.tokenizer_files import class_defaults, named_tokens, read_settings
 
 ANSWER = "svpo-answer"  # stands for an assistant's message
 Messages = list[dict[str, str]]
-
-
-def read_text(file: Path) -> str:
-    """The text of a template's file."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--chat: {file} cannot be read ({error})")
+SECONDS = 5  # that a template may take
+MEMORY = 2**30  # bytes that it may take
+LONGEST = 10**6  # characters that it may write, beside the messages (which it may repeat)
 
 
 def template_text(folder: Path, settings: dict) -> str:
@@ -97,18 +97,48 @@ def renderer(folder: Path) -> Callable[[Messages, bool], str]:
 
     def render(messages: Messages, prompt: bool) -> str:
         try:
-            return environment.from_string(template).render(
-                messages=messages,
-                add_generation_prompt=prompt,
-                tools=None,
-                documents=None,
-                **special,
-            )
+            with bounded():
+                text = environment.from_string(template).render(
+                    messages=messages,
+                    add_generation_prompt=prompt,
+                    tools=None,
+                    documents=None,
+                    **special,
+                )
+            if len(text) > LONGEST + 2 * sum(len(message["content"]) for message in messages):
+                raise ValueError(f"it writes {len(text)} characters")
+            return text
         except Exception as error:  # a template may fail in any way
             reason = f"{type(error).__name__}: {str(error) or 'no reason given'}"
             raise InputError(f"--chat: the chat template of {folder} fails: {reason}")
 
     return render
+
+
+@contextlib.contextmanager
+def bounded():
+    """What runs inside has SECONDS (in the main thread) and MEMORY bytes more than are in use."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"it takes more than {SECONDS} s")
+
+    timed = threading.current_thread() is threading.main_thread()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if timed:
+        handler = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        fixed = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([most, *fixed]), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
 
 
 def chat_template(folder: Path) -> Callable[[str], str]:

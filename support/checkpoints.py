@@ -7,13 +7,16 @@ unpickled except the names that such a checkpoint needs.
 """
 
 import enum
-import json
+import io
+import itertools
+import math
 import os
 import pickle
 import re
 import shutil
 import signal
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,9 +24,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from support.files import publish, sync
+from support.files import (
+    check_files,
+    is_plain,
+    json_object,
+    publish,
+    read_file,
+    read_text,
+    sync,
+    write_checksums,
+)
 from support.flags import InputError
 from support.ranks import on_rank_0, rank
 
@@ -52,6 +65,10 @@ ALLOWED = {  # (module, name) of everything that a checkpoint may name
     ("collections", "OrderedDict"),
 }
 
+STATEFUL = {  # of these, classes whose objects are pickled with a state
+    *((METADATA, name) for name in METADATA_NAMES if name != "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
 
 # ------------------------------------------------------------------------ reading without surprises
 
@@ -63,8 +80,19 @@ def enumeration_member(kind: type, name: str):
     raise InputError(f"it reads attribute {name!r}, which no checkpoint needs")
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """An unpickler that knows the names in ALLOWED and no others."""
+class PlainUnpickler(pickle._Unpickler):  # the one in C calls nothing for a state
+    """An unpickler that knows the names in ALLOWED and no others, and changes no class."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self):
+        """Set the state of the object below the top of the stack, if it is one of a checkpoint."""
+        kind = type(self.stack[-2])
+        if (kind.__module__, kind.__name__) not in STATEFUL:
+            raise InputError(f"it sets the state of a {kind.__name__}, which no checkpoint needs")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("builtins", "getattr"):
@@ -78,10 +106,45 @@ class PlainReader(dcp.FileSystemReader):
     """The library's reader, which unpickles anything in .metadata, with PlainUnpickler instead."""
 
     def read_metadata(self, *args, **kwargs):
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = PlainUnpickler(file).load()
+        content = read_file(Path(self.path) / ".metadata")
+        metadata = PlainUnpickler(io.BytesIO(content)).load()
         metadata.storage_meta.load_id = self.load_id
+        check_coverage(metadata)
         return metadata
+
+    def _slice_file(self, file, sinfo):
+        """An entry of a shard, which is a zip archive; its checksums (CRC-32) are compared."""
+        file.seek(sinfo.offset)
+        entry = io.BytesIO(file.read(sinfo.length))
+        try:
+            with zipfile.ZipFile(entry) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            damaged = error
+        if damaged:
+            raise InputError(f"{sinfo.relative_path} is damaged ({damaged})")
+        entry.seek(0)
+        return entry
+
+
+def check_coverage(metadata):
+    """Refuse metadata whose chunks do not cover each tensor exactly once."""
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        boxes = [list(zip(chunk.offsets, chunk.sizes)) for chunk in entry.chunks]
+        inside = all(
+            begin >= 0 and begin + length <= size
+            for box in boxes
+            for (begin, length), size in zip(box, entry.size)
+        )
+        volume = sum(math.prod(length for _, length in box) for box in boxes)
+        apart = all(
+            any(one[0] + one[1] <= two[0] or two[0] + two[1] <= one[0] for one, two in zip(*pair))
+            for pair in itertools.combinations([box for box in boxes if box], 2)
+        )
+        if not inside or volume != math.prod(entry.size) or not apart:
+            raise InputError(f"its chunks do not cover {name}")
 
 
 class PlainPlanner(dcp.DefaultLoadPlanner):
@@ -134,6 +197,7 @@ def save_checkpoint(stage: Path, model, optimizer, step: int, keep: int):
         remove_old()
 
     def reveal():
+        write_checksums(partial, [partial / ".metadata"])
         sync(partial)
         os.replace(partial, stage / f"checkpoint-{step}")
         sync(stage)
@@ -172,6 +236,10 @@ def load_checkpoint(stage: Path, model, optimizer) -> int:
     remedy = "remove it to resume from the checkpoint before it, or from the stage's start"
     reader = PlainReader(folder)
     try:
+        for file in folder.iterdir():
+            if file.is_symlink() or not file.is_file():
+                raise InputError(f"{file.name} is a link, folder, pipe or device")
+        check_files(folder)
         reader.read_metadata()  # here, because the library prints a traceback and tries other files
     except Exception as error:  # a damaged pickle may raise anything
         reason = f"{type(error).__name__}: {error}"
@@ -199,10 +267,19 @@ def forget(stage: Path, step: int):
     """
     shutil.rmtree(stage / PARTIAL, ignore_errors=True)
     log = stage.parent / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    kept = [line for line, row in rows if row["stage"] != stage.name or row["step"] < step]
+    kept = []
+    for line, row in read_log(log) if is_plain(log) else []:
+        if row["stage"] != stage.name or row["step"] < step:
+            kept.append(line)
     publish(log, lambda partial: partial.write_text("".join(kept)))
+
+
+def read_log(log: Path) -> list[tuple[str, dict]]:
+    """(line, object) of each whole line of log.jsonl; InputError names the line of a bad one."""
+    lines = read_text(log).splitlines(keepends=True)
+    whole = enumerate((line for line in lines if line.endswith("\n")), 1)
+    shape = {"stage": str, "step": int}
+    return [(line, json_object(line, f"{log}, line {n}", shape)) for n, line in whole]
 
 
 # --------------------------------------------------------------------------------- requests to stop

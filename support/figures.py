@@ -1,11 +1,12 @@
 """Figures of a run folder and of answers at several budgets. They need matplotlib."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from support.checkpoints import read_log
 from support.files import read_json
 from support.flags import InputError
+from support.tables import ANSWERS
 
 
 def open_plots():
@@ -38,7 +39,7 @@ def draw_run(run: Path, calibrate: Callable[[Path], list[dict]]) -> Path:
         raise InputError(f"{run}: no finished stage (eval.json) in this run folder")
     chart, ((accuracy, log), (calibration, budget)) = pyplot.subplots(2, 2, figsize=(11, 8))
     draw_accuracy(accuracy, stages)
-    draw_log(log, [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()])
+    draw_log(log, [row for _, row in read_log(run / "log.jsonl")])
     for file in stages:
         # the stage "start" is the model as it was given, which may lie elsewhere
         folder = file.parent if (file.parent / "config.json").exists() else run
@@ -48,7 +49,7 @@ def draw_run(run: Path, calibrate: Callable[[Path], list[dict]]) -> Path:
     calibration.set(xlabel="(V + 1) / 2", ylabel="share of correct ends", title=title)
     curves = sorted(run.glob("**/curve.json"))
     if curves:
-        plot_budget(budget, read_json(curves[0])["answers"])
+        plot_budget(budget, read_json(curves[0], ANSWERS)["answers"])
         budget.set_title(str(curves[0].relative_to(run)))
     else:
         budget.set_title("no curve.json here (eval.py --budget --json)")
@@ -62,7 +63,7 @@ def draw_run(run: Path, calibrate: Callable[[Path], list[dict]]) -> Path:
 def draw_accuracy(axes, stages: list[Path]):
     """The accuracy of each strategy by stage, from the stages' eval.json files."""
     names = [file.parent.name for file in stages]
-    rows = [read_json(file)["answers"] for file in stages]
+    rows = [read_json(file, ANSWERS)["answers"] for file in stages]
     for answers in zip(*rows):
         percents = [100 * answer["accuracy"] for answer in answers]
         errors = [100 * answer["standard_error"] for answer in answers]
@@ -84,7 +85,8 @@ def draw_log(axes, lines: list[dict]):
     for name in ("sft", "policy", "mse", "margin"):
         places, means = [], []
         for place in range(0, len(lines), width):
-            part = [line[name] for line in lines[place : place + width] if name in line]
+            part = [line.get(name) for line in lines[place : place + width]]
+            part = [figure for figure in part if isinstance(figure, (int, float))]
             if part:
                 places.append(place)
                 means.append(sum(part) / len(part))

@@ -17,6 +17,7 @@ USAGE = (
     "flags without a value are switches, turned off with --no-"
 )
 METAVARS = {int: "N", float: "X"}
+PANIC = "PanicException"  # of a library in Rust (tokenizers); it is no Exception
 
 
 class InputError(ValueError):
@@ -176,17 +177,26 @@ def run_command(main):
     signal.signal(signal.SIGTERM, end)
     try:
         main()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"error: {visible(first_line)}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not dist.is_initialized() or "peer" not in str(error):
-            raise
-        print(
-            "error: another rank has ended; run the same command again to resume", file=sys.stderr
-        )
-        sys.exit(2)
     except KeyboardInterrupt as stop:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(128 + (stop.args or (signal.SIGINT,))[0])
+    except BaseException as error:
+        line = explain(error)
+        if not line:
+            raise
+        print(f"error: {visible(line)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str:
+    """The line that is printed instead of a traceback; empty if there is to be a traceback."""
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (InputError, OSError, torch.OutOfMemoryError)):
+        return first_line
+    if isinstance(error, MemoryError) or "can't allocate memory" in first_line:
+        return f"out of memory ({first_line})"
+    if isinstance(error, RuntimeError) and dist.is_initialized() and "peer" in str(error):
+        return "another rank has ended; run the same command again to resume"
+    if type(error) is Exception or type(error).__name__ == PANIC:
+        return f"the tokenizer fails ({first_line})"  # no other library raises these
+    return ""

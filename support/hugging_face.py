@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from support import config_json
-from support.files import publish, read_json
+from support.files import is_plain, publish, read_json
 from support.flags import InputError
 
 WEIGHTS = "model.safetensors"
@@ -178,8 +178,8 @@ def shard_names(folder: Path) -> list[str]:
         raise InputError(f"{index}: needs a 'weight_map' of tensor names to files")
     names = sorted(set(shards.values()))
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{index}: {name!r} is outside the folder")
+        if Path(name).name != name:
+            raise InputError(f"{index}: {name!r} is no file of this folder")
     return names
 
 
@@ -191,15 +191,15 @@ def weight_files(folder: Path) -> list[Path]:
             "save that (PEFT: merge_and_unload, save_pretrained)"
         )
     files = [folder / WEIGHTS]
-    if not files[0].exists() and (folder / INDEX).exists():
+    if not is_plain(files[0]) and is_plain(folder / INDEX):
         files = [folder / name for name in shard_names(folder)]
     for file in files:
-        if not file.exists():
+        if not is_plain(file):
             hint = "convert other weight formats to safetensors first"
             named = file.name != WEIGHTS
             raise InputError(f"{file}: no such file; {f'{INDEX} names it' if named else hint}")
     head = folder / HEAD
-    return [*files, head] if head.exists() else files
+    return [*files, head] if is_plain(head) else files
 
 
 def weights_mark(folder: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.files import append
+from support.files import append, sealed
 from support.ranks import rank
 
 LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
@@ -53,7 +53,7 @@ def log_step(bar: tqdm, board, stage: Path, step: int, figures: dict[str, float]
     """Write an optimizer step to log.jsonl (rank 0) and to `board` if there is one, and show it."""
     rounded = {name: float(f"{value:.9g}") for name, value in figures.items()}
     if not bar.disable:
-        line = json.dumps({"stage": stage.name, "step": step, **rounded})
+        line = json.dumps(sealed({"stage": stage.name, "step": step, **rounded}))
         append(stage.parent / "log.jsonl", line + "\n")
     if board:
         for name, value in figures.items():

@@ -1,8 +1,15 @@
 """The tables that the commands print. They are made of plain dicts, as they stand in JSON files."""
 
 import random
+from types import NoneType
 
 from support.flags import visible
+
+# what eval.json and eval.py --json must hold for the tables and figures (files.misfit)
+ANSWER = {"strategy": str, "questions": int, "accuracy": float, "standard_error": float}
+ANSWERS = {"answers": [{**ANSWER, "sampled_tokens": float}]}
+RANKED = ({"accuracy": (float, NoneType), "standard_error": (float, NoneType)}, NoneType)
+STAGE = {**ANSWERS, "stage": str, "siblings": RANKED, "siblings_fixed": RANKED}
 
 
 def percent(row: dict, digits: int = 1) -> str:
@@ -12,9 +19,9 @@ def percent(row: dict, digits: int = 1) -> str:
     return f"{accuracy:.{digits}f} +- {error:.{digits}f}"
 
 
-def judged(row: dict) -> str:
+def judged(row: dict | None) -> str:
     """A sibling accuracy with its standard error; "-" for what could not be measured."""
-    cells = [row["accuracy"], row["standard_error"]]
+    cells = [row.get("accuracy"), row.get("standard_error")] if row else [None]
     return " +- ".join("-" if cell is None else f"{cell:.3f}" for cell in cells)
 
 
@@ -30,13 +37,13 @@ def print_stages(rows: list[dict], title: str):
     """
     names = [strategy_title(answer["strategy"]) for answer in rows[0]["answers"]]
     columns = {"siblings": "siblings own", "siblings_fixed": "siblings fixed"}
-    columns = {key: name for key, name in columns.items() if key in rows[0]}
+    columns = {key: name for key, name in columns.items() if rows[0].get(key)}
     print(f"\n{title}")
     header = "".join(f"{name:>14}" for name in names)
     print(f"{'stage':10}{header}" + "".join(f"{name:>16}" for name in columns.values()))
     for row in rows:
         cells = "".join(f"{percent(answer):>14}" for answer in row["answers"])
-        cells += "".join(f"{judged(row[key]):>16}" for key in columns)
+        cells += "".join(f"{judged(row.get(key)):>16}" for key in columns)
         print(f"{row['stage']:10}{cells}", flush=True)
 
 

@@ -5,12 +5,16 @@ around it (its post-processor); add_bos_token and add_eos_token of tokenizer_con
 count where there is a tokenizer.json.
 """
 
+import base64
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from support.files import read_json
-from support.flags import InputError
+from support.files import check_files, is_plain, json_object, read_file, read_json
+from support.flags import PANIC, InputError
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -20,6 +24,7 @@ DEFAULTS = {  # tokenizer_class -> the special tokens that its settings need not
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
 }
 UNLIMITED = 2**24  # the vocabulary of a folder without config.json
+LONGEST = 100  # times that a text may grow before it is cut into tokens
 
 
 def read_tokenizer(folder: Path, after_answer: str = "") -> tuple[Tokenizer, list[int]]:
@@ -29,12 +34,17 @@ def read_tokenizer(folder: Path, after_answer: str = "") -> tuple[Tokenizer, lis
     writes after an assistant's message (support.chat.answer_end); empty without --chat.
     """
     file = folder / "tokenizer.json"
-    if not file.exists():
-        raise InputError(f"{file}: no such file")
+    check_files(folder, [name for name in os.listdir(folder) if not name.endswith(".safetensors")])
+    content = read_file(file)
+    if b"Precompiled" in content:
+        check_tables(json_object(content, str(file)), file)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
+        tokenizer = Tokenizer.from_buffer(content)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         raise InputError(f"{file}: not a readable tokenizer ({error})")
+    check_growth(tokenizer, file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = read_settings(folder)
@@ -49,7 +59,7 @@ def read_tokenizer(folder: Path, after_answer: str = "") -> tuple[Tokenizer, lis
 
 def optional_json(file: Path) -> dict:
     """The JSON object in a file; an empty one if there is no such file."""
-    return read_json(file) if file.exists() else {}
+    return read_json(file) if is_plain(file) else {}
 
 
 def vocabulary_of(folder: Path) -> int:
@@ -58,6 +68,47 @@ def vocabulary_of(folder: Path) -> int:
     if type(vocabulary) is not int or vocabulary < 1:
         raise InputError(f"{folder / 'config.json'}: vocab_size must be a number, of 1 or more")
     return vocabulary
+
+
+# ----------------------------------------------------------------------------- what a file asks for
+
+
+def parts_of(value) -> Iterator[dict]:
+    """The objects in a value of JSON that have a type, at any depth."""
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        yield value
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from parts_of(item)
+
+
+def check_tables(settings: dict, file: Path):
+    """Refuse a Precompiled normalizer that is shorter than it says: the library would abort."""
+    for part in parts_of(settings.get("normalizer")):
+        if part["type"] == "Precompiled":
+            try:
+                table = base64.b64decode(part["precompiled_charsmap"], validate=True)
+            except (KeyError, TypeError, ValueError):
+                table = b""
+            if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+                raise InputError(f"{file}: the table of its Precompiled normalizer is damaged")
+
+
+def check_growth(tokenizer: Tokenizer, file: Path):
+    """Refuse a tokenizer whose rules make a text more than LONGEST times as long."""
+    growth = 1.0
+    for stage in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder):
+        for part in parts_of(json.loads(stage.__getstate__()) if stage else {}):
+            if part["type"] == "Replace":
+                pattern = part["pattern"].get(
+                    "String", ""
+                )  # a regular expression may match nothing
+                growth *= max(1, (len(part["content"]) + (not pattern)) / max(1, len(pattern)))
+            elif part["type"] in ("Prepend", "Strip"):
+                growth *= 1 + len(part.get("prepend", ""))
+                growth = max(growth, part.get("start", 0), part.get("stop", 0))
+    if growth > LONGEST:
+        raise InputError(f"{file}: its rules make a text more than {LONGEST} times as long")
 
 
 # ---------------------------------------------------------------------------------- special tokens

@@ -45,7 +45,7 @@ HEADING = re.compile(  # what makes #### a heading: its words, or a title that m
 )
 LINE_END = re.compile(r"\n|</p>|</step>|</answer>|<\|")
 MARKS = 20  # the last marks of a text, those that are looked at
-CODE = re.compile(r"<(code|output)>.*?(</\1>|\Z)", re.DOTALL)
+CODE = re.compile(r"<(code|output)(?: [^<>]*)?>.*?(</\1>|\Z)", re.DOTALL)
 BULLET = re.compile(r"\A(?:[-*•>]\s+|\d+\.\s+)+(?=\S)")
 BETWEEN_BOXES = re.compile(r"[\s$*]*(?:[,;]|\\text\{ ?, ?\})(?:\s+and\b)?[\s$*]*")
 FORMULA = re.compile(  # between its delimiters; a lone $ is a dollar
@@ -92,7 +92,7 @@ def extract_answer(text: str) -> str | None:
     (`<output>`) state none.
     """
     text = text.rpartition("</think>")[2]
-    if "<code>" in text or "<output>" in text:
+    if "<code" in text or "<output" in text:
         text = CODE.sub("", text)
     marks = list(MARK.finditer(text))[-2 * MARKS :]
     marks = [mark for mark in marks if not is_heading(mark, text)]

@@ -1,17 +1,18 @@
 """Runs the Python code that a model wrote, in a process that may compute and do little else.
 
-The process has an empty environment, no privileges and a scratch folder. Three parts of the kernel
-and the caller hold it:
+The process has an empty environment and no privileges. Four parts of the kernel and the caller
+hold it:
 
-- Landlock: it can open and list only its scratch folder and Python's own files.
-- A seccomp filter refuses new processes, other programs, sockets, signals, shared memory, and
-  changes of modes, owners and limits.
+- A mount namespace gives it a folder in memory that no other process sees, and that ends with it.
+  DISK bounds its bytes and files. Where no namespace can be made, the code cannot write files.
+- Landlock: it can open and list only this folder and Python's libraries.
+- A seccomp filter allows the system calls that computing takes, and no others.
 - setrlimit bounds its memory, its processor time and the size of a file.
 - The caller stops it after SECONDS, or when it has printed OUTPUT bytes.
 
 It needs Linux 6.2 or newer on x86_64 or aarch64, and refuses to run elsewhere. It does not cover
-faults of the kernel, side channels, names and sizes of files outside, and how many files the code
-writes to its folder within its seconds.
+faults of the kernel, side channels such as time, and names and sizes of files outside, which the
+code can ask for but not change.
 
 Earlier code of the same solution runs again first, and its output is thrown away. No state is
 kept, so none can leak.
@@ -31,6 +32,7 @@ import signal
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
 import time
@@ -46,42 +48,39 @@ READY = b"\0"  # the first byte that a confined process writes
 # Column of the tables below, and the kernel's number of the architecture (linux/audit.h).
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
-# System calls with their numbers on x86_64 and aarch64, which lacks some.
+# System calls that code may make, with their numbers on x86_64 and aarch64, which lacks some. What
+# could tell processes of one another (flock, inotify, statfs, sysinfo) is not among them.
 # fmt: off
-REFUSED = {
-    # processes, programs, sessions and namespaces
-    "clone": (56, 220), "fork": (57,), "vfork": (58,), "clone3": (435, 435),
-    "execve": (59, 221), "execveat": (322, 281), "setsid": (112, 157), "setpgid": (109, 154),
-    "unshare": (272, 97), "setns": (308, 268),
-    # sockets and other ways into the kernel
-    "socket": (41, 198), "socketpair": (53, 199), "io_uring_setup": (425, 425),
-    "bpf": (321, 280), "perf_event_open": (298, 241),
-    # signals to other processes, and their memory
-    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    # limits and priorities
-    "setrlimit": (160, 164), "prlimit64": (302, 261), "setpriority": (141, 140),
-    "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
-    "sched_setparam": (142, 118), "sched_setattr": (314, 274),
-    # lengths, modes, owners, times and attributes of files
-    "truncate": (76, 45), "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53),
-    "fchmodat2": (452, 452), "chown": (92,), "fchown": (93, 55), "lchown": (94,),
-    "fchownat": (260, 54), "utime": (132,), "utimes": (235,), "futimesat": (261,),
-    "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-    # shared memory, messages, semaphores, and memory that is a file
-    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "shmat": (30, 196),
-    "shmctl": (31, 195), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
-    "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "mq_open": (240, 180),
-    "mq_unlink": (241, 181), "memfd_create": (319, 279), "memfd_secret": (447, 447),
-    # reserved disk, settings of the process, page faults, keys
-    "fallocate": (285, 47), "prctl": (157, 167), "userfaultfd": (323, 282),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+ALLOWED = {
+    # files
+    "read": (0, 63), "write": (1, 64), "open": (2,), "close": (3, 57), "stat": (4,),
+    "fstat": (5, 80), "lstat": (6,), "lseek": (8, 62), "pread64": (17, 67), "pwrite64": (18, 68),
+    "readv": (19, 65), "writev": (20, 66), "access": (21,), "pipe": (22,), "dup": (32, 23),
+    "dup2": (33,), "fsync": (74, 82), "fdatasync": (75, 83), "ftruncate": (77, 46),
+    "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "rename": (82,), "mkdir": (83,),
+    "rmdir": (84,), "unlink": (87,), "symlink": (88,), "readlink": (89,), "umask": (95, 166),
+    "getdents64": (217, 61), "fadvise64": (221, 223), "openat": (257, 56), "mkdirat": (258, 34),
+    "newfstatat": (262, 79), "unlinkat": (263, 35), "renameat": (264, 38), "symlinkat": (266, 36),
+    "readlinkat": (267, 78), "faccessat": (269, 48), "dup3": (292, 24), "pipe2": (293, 59),
+    "renameat2": (316, 276), "statx": (332, 291), "close_range": (436, 436),
+    "faccessat2": (439, 439),
+    # memory
+    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
+    "mremap": (25, 216), "madvise": (28, 233),
+    # time and waiting
+    "poll": (7,), "select": (23,), "sched_yield": (24, 124), "nanosleep": (35, 101),
+    "alarm": (37,), "setitimer": (38, 103), "gettimeofday": (96, 169), "time": (201,),
+    "futex": (202, 98), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115), "pselect6": (270, 72), "ppoll": (271, 73),
+    # the process itself
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178),
+    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
+    "uname": (63, 160), "getrlimit": (97, 163), "getrusage": (98, 165), "times": (100, 153),
+    "sched_getaffinity": (204, 123), "getcpu": (309, 168), "getrandom": (318, 278),
+    "rseq": (334, 293), "exit": (60, 93), "exit_group": (231, 94),
 }
 # fmt: on
-NEWEST = 452  # later calls than this list knows are refused too
 
 # Capabilities and settings of a process (linux/capability.h, linux/prctl.h).
 CAPSET = (126, 91)  # system call on x86_64 and aarch64
@@ -105,23 +104,33 @@ OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE  # the other bits speak of folders
 Instruction = tuple[int, int, int, int]
 LOAD = 0x20  # a 32-bit word of the call, by its offset in bytes
 IF_EQUAL = 0x15  # the two jumps count the instructions to skip
-IF_AT_LEAST = 0x35
 RETURN = 0x06
 REFUSE = (RETURN, 0, 0, 0x50000 | errno.EPERM)  # SECCOMP_RET_ERRNO
 ALLOW = (RETURN, 0, 0, 0x7FFF0000)  # SECCOMP_RET_ALLOW
 KILL = (RETURN, 0, 0, 0x80000000)  # SECCOMP_RET_KILL_PROCESS
 NUMBER = 0  # offsets in struct seccomp_data (linux/seccomp.h)
 ARCHITECTURE = 4
-SECOND_ARGUMENT = 24  # its low half
+FIRST_ARGUMENT = 16  # each has 8 bytes, the low half first
 
-# Calls that are refused for some values of their second argument: numbers, test, values.
+# Calls that are allowed for some values of an argument: numbers, the argument's place, values.
 ARGUMENTS = (
-    # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE and F_NOTIFY, which send signals for a
-    # descriptor, and take leases and notes on files
-    ((72, 25), IF_EQUAL, (8, 10, 15, 1024, 1026)),
-    # ioctl: all but those of terminals and descriptors, such as a file's flags
-    ((16, 29), IF_AT_LEAST, (0x10000,)),
+    # fcntl: duplicates and flags of descriptors; neither locks, leases, notes nor owners
+    ((72, 25), 1, (0, 1, 2, 3, 4, 1030)),
+    # ioctl: whether a descriptor is a terminal, and whether it is closed by a new program
+    ((16, 29), 1, (0x5401, 0x5413, 0x5450, 0x5451)),
+    # prlimit64: to read limits, not to set them
+    ((302, 261), 2, (0,)),
 )
+
+# The folder in memory (linux/sched.h, linux/mount.h): a new mount table, and a new user who may
+# change it.
+CLONE_NEWNS = 0x20000
+CLONE_NEWUSER = 0x10000000
+MS_PRIVATE = 1 << 18
+MS_REC = 1 << 14
+MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+DISK = b"size=64m,nr_inodes=1000,mode=700"  # options of the folder in memory
+PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/mnt", "/media")  # folders that it may lie over
 
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -130,12 +139,15 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 # ---------------------------------------------------------------------------- the process itself
 
 
-def confine(scratch: str):
+def confine():
     """Give up all that the code must not have. OSError where the kernel cannot do it."""
     column, architecture = MACHINES[platform.machine()]
     set_limits()
+    folder = private_folder()
+    os.chdir(folder or "/")
+    os.environ |= {"HOME": os.getcwd(), "TMPDIR": os.getcwd()}
     drop_privileges(column)
-    restrict_files(scratch)
+    restrict_files(folder)
     filter_calls(filter_program(column, architecture))
 
 
@@ -170,8 +182,41 @@ def drop_privileges(column: int):
     call(LIBC.syscall, CAPSET[column], this_process, no_capabilities)
 
 
-def restrict_files(scratch: str):
-    """Allow the scratch folder, two devices and Python's own files, and no other (Landlock)."""
+def libraries() -> set[str]:
+    """The folders of Python's modules and of shared libraries; nothing else of an environment's."""
+    paths = sysconfig.get_paths()
+    modules = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return {*modules, os.path.join(sys.base_prefix, "lib"), *LIBRARIES}
+
+
+def private_folder() -> str:
+    """A folder in memory that only this process sees; "" where none can be made."""
+    needed = [os.path.realpath(path) + "/" for path in libraries()]
+    for place in PLACES:
+        if os.path.isdir(place) and not any(path.startswith(place + "/") for path in needed):
+            break
+    else:
+        return ""
+    user, group = os.getuid(), os.getgid()
+    try:
+        if LIBC.unshare(CLONE_NEWNS) != 0:  # whoever may not do so may as a user of its own
+            call(LIBC.unshare, CLONE_NEWUSER | CLONE_NEWNS)
+            for name, text in (
+                ("setgroups", "deny"),
+                ("uid_map", f"{user} {user} 1"),
+                ("gid_map", f"{group} {group} 1"),
+            ):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        call(LIBC.mount, b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+        call(LIBC.mount, b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, DISK)
+    except OSError:
+        return ""
+    return place
+
+
+def restrict_files(folder: str):
+    """Allow the folder, two devices and Python's libraries, and no other file (Landlock)."""
     version = call(LIBC.syscall, LANDLOCK_CREATE_RULESET, None, 0, 1)  # flag 1: say the version
     if version < 3:  # 3 knows truncation
         raise OSError(errno.ENOSYS, f"Landlock is of version {version}, 3 is needed")
@@ -179,11 +224,11 @@ def restrict_files(scratch: str):
     ruleset = struct.pack("QQQ", rights, 0, 3)  # files; network; scopes: sockets and signals
     size = 24 if version >= 6 else 8  # bytes that the kernel reads; version 6 knows scopes
     rules = call(LIBC.syscall, LANDLOCK_CREATE_RULESET, ruleset, size, 0)
-    allow_path(rules, scratch, rights)
+    if folder:
+        allow_path(rules, folder, rights)
     allow_path(rules, "/dev/null", READ_FILE | WRITE_FILE)
     allow_path(rules, "/dev/urandom", READ_FILE)
-    # A prefix of "/" would allow every file.
-    for path in {sys.prefix, sys.base_prefix, *LIBRARIES} - {"/"}:
+    for path in libraries():
         allow_path(rules, path, EXECUTE | READ_FILE | READ_DIR)
     call(LIBC.syscall, LANDLOCK_RESTRICT_SELF, rules, 0)
     os.close(rules)
@@ -202,33 +247,28 @@ def allow_path(rules: int, path: str, allowed: int):
 
 
 def filter_program(column: int, architecture: int) -> list[Instruction]:
-    """The filter of system calls for a machine: kill, refuse or allow each call.
+    """The filter of system calls for a machine: allow what is listed, and refuse the rest.
 
-    A call of another architecture kills the process. x86_64 has a second set of numbers for its
-    calls (x32). They lie above NEWEST, and are refused like all later calls.
+    A call of another architecture kills the process. The second set of numbers that x86_64 has for
+    its calls (x32) is not in the list.
     """
     program = [
         (LOAD, 0, 0, ARCHITECTURE),
         (IF_EQUAL, 1, 0, architecture),
         KILL,
         (LOAD, 0, 0, NUMBER),
-        *refuse_if(IF_AT_LEAST, NEWEST + 1),
     ]
-    for numbers in REFUSED.values():
+    for numbers in ALLOWED.values():
         if column < len(numbers):
-            program += refuse_if(IF_EQUAL, numbers[column])
-    for numbers, test, values in ARGUMENTS:
-        checks = [(LOAD, 0, 0, SECOND_ARGUMENT)]
+            program += [(IF_EQUAL, 0, 1, numbers[column]), ALLOW]
+    for numbers, place, values in ARGUMENTS:
+        low = FIRST_ARGUMENT + 8 * place
+        checks = [(LOAD, 0, 0, low + 4), (IF_EQUAL, 1, 0, 0), REFUSE, (LOAD, 0, 0, low)]
         for value in values:
-            checks += refuse_if(test, value)
-        checks.append(ALLOW)
+            checks += [(IF_EQUAL, 0, 1, value), ALLOW]
+        checks.append(REFUSE)
         program += [(IF_EQUAL, 0, len(checks), numbers[column]), *checks]
-    return [*program, ALLOW]
-
-
-def refuse_if(test: int, value: int) -> list[Instruction]:
-    """Instructions that refuse the call if the word that was loaded passes the test."""
-    return [(test, 0, 1, value), REFUSE]
+    return [*program, REFUSE]
 
 
 def filter_calls(program: list[Instruction]):
@@ -262,12 +302,12 @@ def main():
     """Run the blocks that stand in stdin as JSON. Only the last one's output is shown."""
     blocks = json.load(sys.stdin)
     sys.path.pop(0)  # this file's own folder
-    confine(os.getcwd())
+    confine()
     os.write(1, READY)
     null = os.open("/dev/null", os.O_RDWR)
     shown = os.dup(1)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
     random.seed(0)
     names = {"__name__": "__main__"}
     with contextlib.suppress(BaseException):
@@ -290,20 +330,10 @@ def run(blocks: list[str]) -> tuple[str, str]:
     The second value is the limit that stopped them: "" for none, "time", "output" or "signal N".
     OSError where the process cannot be confined.
     """
-    scratch = tempfile.mkdtemp()
-    try:
-        return run_in(scratch, blocks)
-    finally:  # the folder may hold endless nesting, and folders without permissions
-        remove = 'chmod -R u+rwx "$0"; rm -rf "$0"'
-        subprocess.run(["sh", "-c", remove, scratch], stderr=subprocess.DEVNULL)
-
-
-def run_in(scratch: str, blocks: list[str]) -> tuple[str, str]:
-    """Run blocks of code in a scratch folder. Returns and raises what `run` does."""
     with tempfile.TemporaryFile("w+") as program, tempfile.TemporaryFile() as errors:
         json.dump(blocks, program)
         program.seek(0)
-        process = start(scratch, program, errors)
+        process = start(program, errors)
         until = time.monotonic() + SECONDS
         found, limit = read_output(process, until)
         try:
@@ -326,10 +356,9 @@ def run_in(scratch: str, blocks: list[str]) -> tuple[str, str]:
     return found[len(READY) : OUTPUT].decode(errors="replace"), limit
 
 
-def start(scratch: str, program, errors) -> subprocess.Popen:
+def start(program, errors) -> subprocess.Popen:
     """Start this file as a process that reads `program` and writes its errors to `errors`."""
     environment = {
-        "HOME": scratch,
         "PYTHONHASHSEED": "0",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
@@ -340,7 +369,7 @@ def start(scratch: str, program, errors) -> subprocess.Popen:
         stdin=program,
         stdout=subprocess.PIPE,
         stderr=errors,
-        cwd=scratch,
+        cwd="/",
         env=environment,
         start_new_session=True,
     )

@@ -64,6 +64,8 @@ def model(tokenizer) -> Llama:
 
 @pytest.fixture
 def model_folder(tmp_path, model, tokenizer) -> Path:
+    """Without checksums, because tests change its files."""
     save_model(model, tmp_path / "model")
     tokenizer.tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "checksums.json").unlink()
     return tmp_path / "model"

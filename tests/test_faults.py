@@ -8,6 +8,8 @@ import io
 import json
 import os
 import pickle
+import random
+import re
 import resource
 import shutil
 import signal
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,20 +26,29 @@ from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
 from test_ranks import WORDS, log, same, weights
 from test_train import edit, refused
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import train
-from data import Tree, TreeNode
+from data import StepTokenizer, Tree, TreeNode, read_trees
 from model import Llama, load_model, save_model
 from support.checkpoints import (
     METADATA,
     PlainUnpickler,
     Stop,
+    check_coverage,
     find_checkpoints,
+    load_checkpoint,
     remove_checkpoints,
 )
+from support.files import json_object, read_json
 from support.flags import InputError, visible
-from svpo import LossConfig
+from svpo import LossConfig, read_reference
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LONG = [*WORDS, "--sft-steps", "400", "--save-every", "5"]
@@ -288,11 +300,12 @@ def test_damaged_checkpoints_are_refused(tmp_path, stopped):
     end in a traceback or are taken as they are."""
     metadata = stopped / ".metadata"
     shards = stopped / "__0_0.distcp"
+    (stopped / "checksums.json").unlink()  # as an older version, or a stranger, leaves it
     whole = {path: path.read_bytes() for path in (metadata, shards)}
     for path, content, message in (
         (metadata, pickle.dumps(Hostile()), "mkdir"),
         (metadata, whole[metadata][:200], ".metadata"),
-        (metadata, b"", "Ran out"),
+        (metadata, b"", "EOFError"),
         (shards, whole[shards][:5000], "remove it"),
         (shards, None, "No such file"),
         (shards, hostile_shards, "neither a number nor a plain container"),
@@ -317,6 +330,93 @@ def test_damaged_checkpoints_are_refused(tmp_path, stopped):
     await_lines(tmp_path, process, 6)
     process.kill()
     process.communicate()
+
+
+FLIPS = 100 if conftest.LONG else 8  # of each file
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    """The content with one bit changed."""
+    place = rng.randrange(len(content))
+    return (
+        content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :]
+    )
+
+
+def never_silent(read, files: list):
+    """Flip bits of files: `read()` must refuse what it reads, or read the same as before."""
+    rng = random.Random(0)
+    wanted = read()
+    for file in files:
+        content = file.read_bytes()
+        for _ in range(FLIPS):
+            file.write_bytes(flipped(content, rng))
+            with contextlib.suppress(InputError):
+                assert read() == wanted, file
+        file.write_bytes(content)
+    assert read() == wanted
+
+
+def test_no_flipped_bit_is_silent(tmp_path, undisturbed):
+    """Catches files of a run that are damaged and are read as other weights, figures or trees."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed / "out", out)
+    stage = out / "round1"
+
+    def model():
+        state = load_model(stage).state_dict()
+        vocabulary = StepTokenizer.load(stage).tokenizer.to_str()
+        return {name: tensor.tolist() for name, tensor in state.items()}, vocabulary
+
+    def log():
+        text = (out / "log.jsonl").read_text(errors="replace")
+        return [json_object(line, "log") for line in text.splitlines()]
+
+    def trees():
+        return read_trees(stage / "trees-0.jsonl")
+
+    nodes = sum(len(tree.nodes) for tree in trees())
+    names = "config.json model.safetensors value_head.safetensors model.safetensors.index.json "
+    names += "tokenizer.json tokenizer_config.json checksums.json"
+    never_silent(model, [stage / name for name in names.split()])
+    never_silent(log, [out / "log.jsonl"])
+    never_silent(trees, [stage / "trees-0.jsonl"])
+    never_silent(lambda: read_json(out / "config.json"), [out / "config.json"])
+    never_silent(lambda: read_json(stage / "eval.json"), [stage / "eval.json"])
+    reference = stage / "reference.safetensors"
+    never_silent(lambda: read_reference(reference, {}, nodes), [reference])
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_silent(tmp_path, stopped):
+    """Catches a checkpoint that is damaged and is loaded as other weights."""
+
+    def read():
+        model = load_model(tmp_path / "out" / "start")
+        optimizer = torch.optim.AdamW(model.parameters())
+        step = load_checkpoint(stopped.parent, model, optimizer)
+        moments = [state["exp_avg"].tolist() for state in optimizer.state.values()]
+        return step, [parameter.tolist() for parameter in model.parameters()], moments
+
+    never_silent(read, [file for file in stopped.iterdir() if file.is_file()])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda chunks: chunks.pop(), "do not cover"),
+        (lambda chunks: chunks.append(chunks[0]), "do not cover"),
+        (lambda chunks: setattr(chunks[0], "sizes", torch.Size([1, 2])), "do not cover"),
+    ],
+)
+def test_metadata_that_does_not_cover_a_tensor(change, message):
+    """Catches a checkpoint that lacks a part of a tensor, which would stay as it was drawn."""
+    rows = [ChunkStorageMetadata(torch.Size([2 * n, 0]), torch.Size([2, 3])) for n in range(2)]
+    properties = TensorProperties()
+    entry = TensorStorageMetadata(properties, torch.Size([4, 3]), rows)
+    check_coverage(Metadata({"weight": entry}))
+    change(rows)
+    with pytest.raises(InputError, match=message):
+        check_coverage(Metadata({"weight": entry}))
 
 
 def test_members_of_enumerations_are_read_and_nothing_else():
@@ -523,7 +623,8 @@ def test_trees_of_another_vocabulary_are_refused(tmp_path, undisturbed):
     for other in (tmp_path / "out" / "round1").iterdir():
         if other != path:
             other.unlink()
-    text = path.read_text().replace('"tokens": [', '"tokens": [99999, ')
+    text = re.sub(r', "blake2b": "\w+"', "", path.read_text())
+    text = text.replace('"tokens": [', '"tokens": [99999, ')
     path.write_text(text.replace('"sampled": [', '"sampled": [false, '))
     process = start(tmp_path, "--sft-steps", "30")
     _, errors = process.communicate(timeout=60)
@@ -569,6 +670,7 @@ def test_a_saturated_value_head_is_said(tmp_path, undisturbed):
         (tmp_path / "out" / name / "eval.json").unlink()
     file = tmp_path / "out" / "round1" / "value_head.safetensors"
     head = load_file(file)
+    (file.parent / "checksums.json").unlink()
     weight = torch.zeros_like(head["value_head.weight"])
     bias = torch.full_like(head["value_head.bias"], 30)
     save_file({"value_head.weight": weight, "value_head.bias": bias}, file)
@@ -591,9 +693,11 @@ def test_a_round_without_pairs(tmp_path, undisturbed, objective, refusal):
     stage.mkdir()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["LossConfig"]["objective"] = objective
+    del config["blake2b"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     for line in (undisturbed / "out" / "round1" / "trees-0.jsonl").read_text().splitlines():
         tree = json.loads(line)
+        del tree["blake2b"]
         for node in tree["nodes"]:
             node["q_value"] = -1.0
             node["reward"] = None if node["reward"] is None else -1.0

@@ -35,8 +35,9 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with untied embeddings."""
+    """A folder with untied embeddings, without checksums, because tests change its files."""
     save_model(redraw(Llama(tiny_config())), tmp_path / "folder")
+    (tmp_path / "folder" / "checksums.json").unlink()
     return tmp_path / "folder"
 
 
@@ -184,6 +185,7 @@ def test_nothing_stale_remains(tmp_path, monkeypatch):
     complete while it is overwritten."""
     first, second = (redraw(Llama(tiny_config()), seed) for seed in (1, 2))
     save_model(first, tmp_path)
+    (tmp_path / "checksums.json").unlink()
     tensors = load_file(tmp_path / "model.safetensors")
     shards = {f"model-0000{n}-of-00002.safetensors": {} for n in (1, 2)}
     for number, key in enumerate(tensors):
@@ -200,7 +202,8 @@ def test_nothing_stale_remains(tmp_path, monkeypatch):
     assert not (tmp_path / "config.json").exists()
     monkeypatch.undo()
     save_model(second, tmp_path)
-    names = {"config.json", "model.safetensors", INDEX, "value_head.safetensors"}
+    names = "config.json model.safetensors value_head.safetensors checksums.json".split()
+    names = {*names, INDEX}
     assert {file.name for file in tmp_path.iterdir()} == names
     assert same(tmp_path, second)
 
@@ -241,6 +244,7 @@ def test_a_saved_folder_generates_until_its_end(tmp_path, tokenizer):
 def test_the_padding_token_is_kept(tmp_path, pad):
     """Catches a pad_token_id that is lost between the folder that is read and the one written."""
     save_model(Llama(tiny_config()), tmp_path / "one")
+    (tmp_path / "one" / "checksums.json").unlink()
     edit_config(tmp_path / "one", pad_token_id=pad)
     save_model(load_model(tmp_path / "one"), tmp_path / "two")
     assert read_config(tmp_path / "two").pad_token_id == pad
@@ -299,6 +303,7 @@ def test_tied_embeddings_that_were_saved_as_the_head(tmp_path):
     model = redraw(Llama(tiny_config(tie_word_embeddings=True))).eval()
     save_model(model, tmp_path)
     (tmp_path / INDEX).unlink()
+    (tmp_path / "checksums.json").unlink()
     tensors = rewrite(tmp_path, lambda t: {HEAD if k == EMBED else k: v for k, v in t.items()})
     assert EMBED not in tensors and same(tmp_path, model)
     agree(tmp_path)
@@ -446,7 +451,7 @@ def test_shards_outside_the_folder_are_refused(folder, name):
     shutil.copytree(folder, folder.parent / "other")
     (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
-    with pytest.raises(InputError, match=f"'{name}' is outside the folder"):
+    with pytest.raises(InputError, match=f"'{name}' is no file of this folder"):
         load_model(folder)
 
 

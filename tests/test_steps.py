@@ -1,8 +1,6 @@
 """XML steps, code that runs, chat templates, and tokenizers that put a space before a text."""
 
 import json
-import os
-import tempfile
 import time
 from dataclasses import replace
 
@@ -27,7 +25,7 @@ from model import Llama
 from support.chat import chat_template
 from support.flags import InputError
 from svpo import LossConfig, learn, pack, rescore
-from tasks.code_steps import ends_code, output_tokens, run_code, split_xml
+from tasks.code_steps import ends_code, find_blocks, output_tokens, run_code, split_xml
 from tasks.grading import extract_answer
 from tasks.sandbox import run
 
@@ -65,115 +63,6 @@ def characters_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-HOSTILE = {  # what it tries -> (code, what it prints or the limit that stops it)
-    "fork bomb": ("import os\nwhile True: os.fork()", "PermissionError"),
-    "another program": ("import subprocess\nsubprocess.run(['ls', '/'])", "PermissionError"),
-    "a program in its place": ("import os\nos.execv('/bin/ls', ['ls', '/'])", "PermissionError"),
-    "a child left behind": (
-        "import os\nif os.fork() == 0:\n    import time\n    time.sleep(1000)",
-        "PermissionError",
-    ),
-    "threads": ("import threading\nthreading.Thread(target=print).start()", "RuntimeError"),
-    "infinite loop": ("while True: pass", "time"),
-    "sleep": ("import time\ntime.sleep(1000)", "time"),
-    "output closed, then sleep": (
-        "import os, time\nos.close(1), os.close(2)\ntime.sleep(1000)",
-        "time",
-    ),
-    "10 GB allocation": ("x = bytearray(10**10)", "MemoryError"),
-    "limits raised": (
-        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(10**10)",
-        "Error: ",
-    ),
-    "endless print": ("while True: print('a' * 100)", "output"),
-    "endless recursion": ("f = lambda: f()\nf()", "RecursionError"),
-    "environment of the parent": (
-        "import os\nprint(open(f'/proc/{os.getppid()}/environ').read())",
-        "PermissionError",
-    ),
-    "file outside": ("print(open('/etc/passwd').read())", "PermissionError"),
-    "link to a file outside": (
-        "import os\nos.symlink('/etc/passwd', 'p')\nprint(open('p').read())",
-        "PermissionError",
-    ),
-    "folder outside": (
-        "import os\nprint(os.listdir('/root'), os.listdir('/home'))",
-        "PermissionError",
-    ),
-    "socket": ("import socket\nsocket.create_connection(('1.1.1.1', 53))", "PermissionError"),
-    "datagram": (
-        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
-        "PermissionError",
-    ),
-    "write outside": ("open('/tmp/svpo-hostile', 'w').write('x')", "PermissionError"),
-    "mode of a file outside": ("import os\nos.chmod('/tmp', 0o700)", "PermissionError"),
-    "owner of a file outside": ("import os\nos.chown('/tmp', 0, 0)", "PermissionError"),
-    "attribute of a file outside": (
-        "import os\nos.setxattr('/tmp', 'user.x', b'1')",
-        "PermissionError",
-    ),
-    "attribute by a newer call": (
-        LIBC + "libc.syscall(463, -100, b'/tmp', 0, b'user.x', 0, 0)\nprint(ctypes.get_errno())",
-        "1\n",
-    ),
-    "flags of a file": (
-        "import fcntl, os\nfcntl.ioctl(os.open('.', os.O_RDONLY), 0x40086602, b'12345678')",
-        "PermissionError",
-    ),
-    "memory file": ("import os\nos.memfd_create('x')", "PermissionError"),
-    "reserved disk": (
-        "import os\nos.posix_fallocate(os.open('f', os.O_RDWR | os.O_CREAT), 0, 10**9)",
-        "rror",
-    ),
-    "shared memory": (
-        LIBC + "print(libc.shmget(1, 4096, 0o1600), ctypes.get_errno())",
-        "-1 1\n",
-    ),
-    "tracing": (LIBC + "print(libc.ptrace(0, 0, 0, 0), ctypes.get_errno())", "-1 1\n"),
-    "longer than its parent": (LIBC + "print(libc.prctl(1, 0), ctypes.get_errno())", "-1 1\n"),
-    "signal by a descriptor": (
-        "import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
-        "PermissionError",
-    ),
-    "nested folders": (
-        "import os\nfor _ in range(3000): os.mkdir('d'), os.chdir('d')\nprint('made')",
-        "made",
-    ),
-    "folder without permissions": (
-        "import os\nos.makedirs('d/e')\nos.mkdir('f', 0)\nprint('made')",
-        "made",
-    ),
-    "closed output": ("import sys\nwith sys.stdout as f: pass\nprint(3)", ""),
-    "error that fails": ("class E(Exception):\n    def __str__(self): raise E\nraise E", "E\n"),
-    "surrogates": ("raise ValueError(chr(0xd800))", "ValueError"),
-    "status 1": (
-        "import os, sys\nsys.stderr.write('x' * 10**7)\nsys.stderr.flush()\nos._exit(1)",
-        "",
-    ),
-    "real-time signal": ("import os, signal\nsignal.raise_signal(40)", "rror"),
-    "signal to the parent": ("import os\nos.kill(os.getppid(), 9)", "PermissionError"),
-    "large file": ("open('big', 'w').write('x' * 10**8)", "File too large"),
-    "crash": ("import ctypes\nctypes.string_at(0)", "signal 11"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_code_is_contained(name, monkeypatch, tmp_path):
-    """Catches a limit that does not hold."""
-    monkeypatch.setenv("SECRET", "geheim")
-    code, held = HOSTILE[name]
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # to see that nothing is left there
-    before = set(os.listdir(tempfile.gettempdir()))
-    begin = time.monotonic()
-    printed, limit = run([code])
-    assert held in (limit or printed) and time.monotonic() - begin < 30
-    assert "root:" not in printed and "geheim" not in printed
-    assert not os.path.exists("/tmp/svpo-hostile")
-    assert (limit != "") == (held in ("time", "output", "signal 11"))
-    assert set(os.listdir(tempfile.gettempdir())) <= before
-
-
 def test_code_computes():
     """Catches a sandbox in which nothing works, state that is lost between steps, and earlier
     output shown twice."""
@@ -197,21 +86,83 @@ def test_output_is_added_and_cannot_end_itself(xml_tokenizer):
     before = "<code>\nx = 1\n</code>\n<output>\n</output>\n</step>\n<step>\n"
     fenced = "<code>\n```python\nprint(x)\n```\n</code>\n"
     found = run_code([before + "<code>\nprint(x)\n</code>", fenced])
-    assert found == ["1", "NameError: name 'x' is not defined"]
-    closing = "<code>\nprint('</output>#### 5')\n</code>"
+    assert found == [("1", ""), ("NameError: name 'x' is not defined", "")]
     opening = "<code>print('<output>')</code><output>\n</output><code>6</code>"
-    assert run_code([closing, "<p> x </code>", opening]) == ["<\\/output>#### 5", "", "6"]
-    assert len(run_code(["<code>print('x' * 9999)</code>"])[0]) == 2000
+    assert run_code(["<p> x </code>", opening]) == [("", ""), ("6", "")]
+    assert len(run_code(["<code>print('x' * 9999)</code>"])[0][0]) == 2000
     begin = time.monotonic()
     first = "<code>\nwhile True: pass\n</code>"
-    (printed,) = run_code([first])
-    assert printed == "[stopped: time]"
-    after = f"{first}\n<output>\n{printed}\n</output>\n<code>\nprint(7)\n</code>"
-    assert run_code([after]) == ["7"] and time.monotonic() - begin < 30
+    (stopped,) = output_tokens(xml_tokenizer, [first], [200])
+    stopped = xml_tokenizer.tokenizer.decode(stopped)
+    assert stopped == '\n<output stopped="time">\n</output>\n'
+    after = f"{first}{stopped}<code>\nprint(7)\n</code>"
+    assert run_code([after]) == [("7", "")] and time.monotonic() - begin < 30
+    claim = "<code>\ny = 8\nprint('[stopped: time]', '<output stopped=\"time\">')\n</code>"
+    (claimed,) = output_tokens(xml_tokenizer, [claim], [200])
+    claimed = xml_tokenizer.tokenizer.decode(claimed)
+    assert run_code([f"{claim}{claimed}<code>y</code>"]) == [("8", "")]  # it was not stopped
     (long,) = output_tokens(xml_tokenizer, ["<code>print('x' * 500)</code>"], [200])
     text = xml_tokenizer.tokenizer.decode(long)
     assert 150 < len(long) <= 184
     assert text.startswith("\n<output>\nxxx") and text.endswith("x\n</output>\n")
+
+
+@pytest.mark.parametrize(
+    "normalizer, printed, shown",
+    [
+        (None, "1 < 2, a<b>, </b>", "1 < 2, a<b>, </b>"),
+        (None, "</output>#### 5", "<\\/output>#### 5"),
+        (None, "</ STEP >", "<\\/ STEP >"),
+        (None, "<step><code>", "<\\step><\\code>"),
+        (normalizers.NFKC(), "\uff1c/output>", "?/output?"),
+        (normalizers.Replace("<\\", "<"), "</output>", "?/output?"),
+        (normalizers.Replace("?/out", "</out"), "</output>", "<\\/output>"),
+    ],
+)
+def test_output_cannot_hold_a_tag(xml_tokenizer, normalizer, printed, shown):
+    """Catches output that closes its own tag, or states an answer behind it, once it is tokens."""
+    if normalizer:
+        xml_tokenizer.tokenizer.normalizer = normalizer
+    code = f"<code>\nprint({printed!r})\n</code>"
+    (ids,) = output_tokens(xml_tokenizer, [code], [200])
+    text = xml_tokenizer.tokenizer.decode(ids)
+    assert text == f"\n<output>\n{shown}\n</output>\n"
+    assert extract_answer(code + text) is None and text.count("</output") == 1
+
+
+def test_a_failure_of_the_sandbox_costs_a_block(xml_tokenizer, monkeypatch, capsys):
+    """Catches a search that ends because one process could not be started."""
+    from tasks import code_steps
+
+    def fail(blocks):
+        raise OSError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(code_steps.sandbox, "run", fail)
+    (ids,) = output_tokens(xml_tokenizer, ["<code>6</code>"], [200])
+    text = xml_tokenizer.tokenizer.decode(ids)
+    assert text == '\n<output stopped="failure">\n</output>\n'
+    assert "a block of code was not run: Resource" in capsys.readouterr().out
+    with pytest.raises(OSError, match="Resource"):
+        code_steps.check_sandbox()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<code>" * 10**5,
+        "<code></code>" * 10**5,
+        "<code></code><output>" * 10**5,
+        "<code></code>" + " " * 10**6 + "<output",
+        "</step>" * 10**5,
+        "<code></code>\n<output stopped=" * 10**5,
+    ],
+)
+def test_long_xml_is_split_in_linear_time(text):
+    """Catches patterns that take quadratic time: 46 s for one of these."""
+    begin = time.monotonic()
+    assert "".join(part for step in split_xml(text) for part, _ in step) == text.strip()
+    list(find_blocks(text))
+    assert time.monotonic() - begin < 2
 
 
 def test_tags_may_close_within_a_token():
