@@ -15,6 +15,7 @@ K head width, J pairs of its dimensions (K / 2), R blocks of queries, C blocks o
 a block or of a flat line, P tokens of a prefix, L layers.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -46,6 +47,7 @@ from support.hugging_face import (
 )
 
 LOGITS = 2**24  # logits computed at once while training: 64 MB in float32
+LORA_SCALE = 2  # of the adapters' change: alpha / rank
 TILE = 128  # tokens of a block of flex_attention
 QUERIES = 128  # tokens of a block of a PathMask
 GATHERED = 3  # keys that a PathMask gathers for each token; more are not kept for the backward pass
@@ -362,7 +364,7 @@ class Llama(nn.Module):
         """V (...) of hidden states (..., D), which are multiplied with `dropout` first."""
         if dropout is not None:
             hidden = hidden * dropout.to(hidden.dtype)
-        return self.value_head(hidden)
+        return self.value_head(hidden.to(next(self.value_head.parameters()).dtype))
 
     def forward(
         self,
@@ -491,6 +493,107 @@ def token_logp(hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor) -> Tensor:
     return torch.cat([checkpoint(chunk_logp, *chunk, use_reentrant=False) for chunk in chunks])
 
 
+# -------------------------------------------------------------------------------- low-rank adapters
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer, and a change of low rank that is trained (LoRA, arXiv 2106.09685).
+
+    It computes W x + LORA_SCALE * B A x, with A (rank, in) and B (out, rank), `lora_down` and
+    `lora_up`, in float32. B begins at 0: without training, and while `active` is False, it is the
+    layer that it was.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, generator: torch.Generator):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        device = layer.weight.device
+        bound = 1 / math.sqrt(self.in_features)  # PEFT draws A like this, too
+        drawn = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_down = nn.Parameter(drawn.to(device))
+        self.lora_up = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.active = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.active:
+            return out
+        low = F.linear(x, self.lora_down.to(x.dtype))
+        return out + LORA_SCALE * F.linear(low, self.lora_up.to(x.dtype))
+
+
+def add_lora(model: Llama, rank: int, seed: int = 0) -> Llama:
+    """Put adapters on all linear layers of the blocks; they and the value head are trained alone.
+
+    The other weights are frozen and stay in their type; the value head becomes float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, LoRALinear(layer, rank, generator))
+    model.value_head.float().requires_grad_(True)
+    return model
+
+
+@contextlib.contextmanager
+def without_lora(model: Llama):
+    """Inside, the model is as it was before `add_lora`, but for its value head."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+def merge_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model without adapters that computes the same; unsharded."""
+    merged = {key: tensor for key, tensor in state.items() if "lora_" not in key}
+    for key in state:
+        layer, found, _ = key.rpartition("lora_down")
+        if found:
+            weight = merged[f"{layer}weight"]
+            change = state[f"{layer}lora_up"].float() @ state[key].float()
+            merged[f"{layer}weight"] = (weight.float() + LORA_SCALE * change).to(weight.dtype)
+    return merged
+
+
+def save_lora(state: dict[str, Tensor], base: Path, folder: Path):
+    """Write the adapters among the tensors of a model as PEFT does; nothing if there are none.
+
+    PEFT adds them to the model in `base`. The value head is no part of them.
+    """
+    tensors = {}
+    for key, tensor in state.items():
+        if "lora_" in key:
+            name = key.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+            tensors[f"base_model.model.{name}.weight"] = tensor.detach().float().contiguous().cpu()
+    if not tensors:
+        return
+    rank = next(len(tensor) for key, tensor in tensors.items() if "lora_A" in key)
+    names = sorted({key.split(".")[-3] for key in tensors})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": LORA_SCALE * rank,
+        "lora_dropout": 0.0,
+        "target_modules": names,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder.mkdir(exist_ok=True)
+    save_tensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", config, seal=False)
+
+
 # ------------------------------------------------------------------------------- loading and saving
 
 
@@ -499,13 +602,18 @@ def read_config(folder: Path) -> LlamaConfig:
     return parse_config(folder / "config.json", LlamaConfig)
 
 
-def count_parameters(config: LlamaConfig) -> tuple[int, int]:
-    """The number of parameters of a whole model, and of one block."""
+def count_parameters(config: LlamaConfig, lora_rank: int = 0) -> tuple[int, int, int]:
+    """The number of parameters of a whole model, of one block, and how many are trained."""
     with torch.device("meta"):
         model = Llama(config)
-    block = model.model.layers[0]
-    whole, one = (sum(p.numel() for p in part.parameters()) for part in (model, block))
-    return whole, one
+    whole, block = (
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (model, model.model.layers[0])
+    )
+    if lora_rank:
+        add_lora(model, lora_rank)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return whole, block, sum(parameter.numel() for parameter in trained)
 
 
 def fresh_value_head(model: Llama, seed: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ A run folder holds config.json, log.jsonl (one line per optimizer step) and a fo
 same command again to resume. All randomness depends on the seed and the step alone, so an
 interrupted run ends with the weights of one that was not.
 
-Dimension key: E nodes of a pack, D width.
+Dimension key: E nodes of a pack, M its sampled tokens, D width.
 """
 
 import gc
@@ -62,10 +62,14 @@ from model import (
     LOGITS,
     Llama,
     LlamaConfig,
+    add_lora,
     count_parameters,
     load_model,
+    merge_lora,
     read_config,
+    save_lora,
     save_model,
+    without_lora,
 )
 from support.checkpoints import Stop, forget, load_checkpoint, remove_checkpoints, save_checkpoint
 from support.files import (
@@ -109,6 +113,7 @@ from svpo import (
     pairs_of,
     rescore,
     score,
+    step_logp,
     total_loss,
 )
 from tasks.built_in import TASKS, is_built_in, task_tokenizer
@@ -130,6 +135,7 @@ FREE = (  # fields that may change on an existing run: memory, speed, rounding a
     "device",
     "dtype",
     "plan",
+    "plan_memory",
     "keep",
     "tensorboard",
     "save_every",
@@ -188,6 +194,7 @@ class RunConfig(SourceConfig):
     plan: bool = flag(
         False, "print what each phase takes on 1 to 64 GPUs, from the model's shape alone, and end"
     )
+    plan_memory: int = flag(0, "GB of a GPU that --plan is for; 0: of those here, else 80", least=0)
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,9 @@ class TrainConfig:
     tune_batch: int = flag(4, "trees per step, over all ranks", least=1)
     tune_lr: float = flag(1e-5, "peak learning rate on trees", least=0)
     group: int = flag(8, "grpo: solutions sampled of each question (G)", least=2)
+    lora_rank: int = flag(
+        0, "train adapters of this rank on all linear layers (LoRA); 0: all weights", least=0
+    )
     pack_tokens: int = flag(
         0,
         "tokens of one forward and backward pass, whole trees; 0: as the free memory allows",
@@ -245,7 +255,9 @@ def main(argv: list[str] | None = None):
     if run.plan:
         shape = shape_of(run)
         return print_plan(
-            sizes_of(shape, run), searches_of(shape, [PLANNED_PROMPT], search, answering), *configs
+            sizes_of(shape, run, train),
+            searches_of(shape, [PLANNED_PROMPT], search, answering),
+            *configs,
         )
     device = join_ranks(run)
     if run.model != "tiny":
@@ -390,9 +402,9 @@ def source_dtype(run: RunConfig) -> str:
     return str(stored_dtype(find_folder(run.model))).removeprefix("torch.")
 
 
-def sizes_of(shape: LlamaConfig, run: RunConfig) -> Sizes:
+def sizes_of(shape: LlamaConfig, run: RunConfig, train: TrainConfig) -> Sizes:
     """The sizes of a model, for plans."""
-    return Sizes(shape, *count_parameters(shape), WIDTH[run.dtype], LOGITS)
+    return Sizes(shape, *count_parameters(shape, train.lora_rank), WIDTH[run.dtype], LOGITS)
 
 
 def check_splits(
@@ -432,7 +444,7 @@ def check_splits(
     asked = splits["test"] + sum(splits["search"][:1], [])
     prompts = [len(one.encode_prompt(question)) for one in tokenizers for question in asked]
     searches = searches_of(shape, prompts, search, answering)
-    check_memory(sizes_of(shape, run), searches, run, train, search, device)
+    check_memory(sizes_of(shape, run, train), searches, run, train, search, device)
     return with_sft_steps(train, splits, trained, context), tokenizer, trained
 
 
@@ -470,7 +482,7 @@ def check_memory(
     """Refuse a run of which a later phase will not fit into the memory that is free now."""
     free = free_memory(torch.device(device))
     ranks = world_size()
-    state = 16 * sizes.parameters / ranks
+    state = sizes.training_state / ranks
     for one in searches:
         if 0 < search.cache_tokens < one.tokens:
             raise InputError(
@@ -478,20 +490,22 @@ def check_memory(
                 "a single question"
             )
     needs = {one.name: sizes.weights + one.bytes(sizes) for one in searches}
-    needs["loading"] = 4 * sizes.parameters * (1 + (1 / ranks if dist.is_initialized() else 0))
+    needs["loading"] = sizes.loaded * (1 + (1 / ranks if dist.is_initialized() else 0))
     needs["training"] = state + copy_bytes(sizes, run) + sizes.activations(1, train.recompute)
     phase = max(needs, key=needs.get)
     if needs[phase] > free:
+        lora = "" if sizes.lora else "--lora-rank 16, "
         raise InputError(
             f"{run.model}: {phase} needs at least {needs[phase] / 1e9:.1f} GB on each of {ranks} "
-            f"ranks, and {free / 1e9:.1f} GB are free on {device}: use more GPUs, a smaller model, "
-            "or for a search fewer --max-step-tokens and --tree-tokens (see --plan)"
+            f"ranks, and {free / 1e9:.1f} GB are free on {device}: use {lora}more GPUs, a smaller "
+            "model, or for a search fewer --max-step-tokens and --tree-tokens (see --plan)"
         )
 
 
 def copy_bytes(sizes: Sizes, run: RunConfig) -> int:
     """Bytes of the copy that `shard` makes to compute with."""
-    return 0 if dist.is_initialized() or run.dtype == "float32" else sizes.weights
+    copied = not dist.is_initialized() and run.dtype != "float32" and not sizes.lora
+    return sizes.weights if copied else 0
 
 
 def searches_of(
@@ -585,7 +599,10 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
     seed = job.run.seed + number
     count = len(lessons or questions)
     steps = max(1, train.tune_epochs * count // batch) if number else train.sft_steps
-    model = job.load(previous, "float32")  # weights are float32 whatever the type to compute in
+    # weights are float32 whatever the type to compute in; those that LoRA freezes are not
+    model = job.load(previous, "" if train.lora_rank else "float32")
+    if train.lora_rank:
+        add_lora(model, train.lora_rank, seed)
     for block in model.model.layers:
         block.recompute = train.recompute
     computing = shard(model, job.run.dtype)
@@ -608,7 +625,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
 
 def tokens_of_pass(job: Job, model: Llama) -> int:
     """Tokens of one forward and backward pass for which the memory that is free suffices."""
-    sizes = sizes_of(model.config, job.run)
+    sizes = sizes_of(model.config, job.run, job.train)
     device = next(model.parameters()).device
     free = free_memory(device)
     free += copy_bytes(sizes, job.run)  # it is there already
@@ -639,8 +656,9 @@ def optimize(
     lessons with their places in the step. The model stays in evaluation mode: its only dropout is
     that of `draw_dropout`.
     """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr, (0.9, 0.95), weight_decay=train.weight_decay, fused=True
+        trained, lr, (0.9, 0.95), weight_decay=train.weight_decay, fused=True
     )
     first = load_checkpoint(stage, model, optimizer)
     on_rank_0(lambda: forget(stage, first))
@@ -693,6 +711,8 @@ def backward(
         dropout_ED = None
         if OBJECTIVES[losses.objective].value:
             dropout_ED = draw_dropout(group, model.config.hidden_size, seed, step).to(device)
+        if train.lora_rank and OBJECTIVES[losses.objective].pairs:
+            add_base_reference(model, batch)
         scores = score(model, batch.packed, batch.needed_E, dropout_ED)
         sums = loss_sums(*scores, batch, losses)
         loss = total_loss(sums, counts, losses)
@@ -706,6 +726,17 @@ def backward(
         if counts[DIVISORS[name]]:
             figures[name] = total / counts[DIVISORS[name]]
     return figures, counts
+
+
+@torch.no_grad()
+def add_base_reference(model: Llama, batch: Batch):
+    """The reference of a batch with LoRA: the model without its adapters, under the same packing.
+
+    It is the policy that grew the trees, so no pass before training and no file is needed.
+    """
+    with without_lora(model):
+        logp_M, value_E, node_M = score(model, batch.packed, batch.needed_E)
+    batch.ref_E = step_logp(logp_M, node_M, len(value_E))
 
 
 # padding for ranks with fewer packs: with FSDP every rank must run the same number of passes
@@ -792,7 +823,7 @@ def shard(model: Llama, dtype: str) -> Llama:
         for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
-    if dtype == "float32":
+    if dtype == "float32" or not all(part.requires_grad for part in model.parameters()):
         return model
     copy = whole_copy(model, dtype)
     pairs = list(zip(copy.parameters(), model.parameters()))
@@ -821,8 +852,10 @@ def whole_copy(model: Llama, dtype: str) -> Llama:
         copy = Llama(model.config)
     state = {}
     for name, parameter in model.named_parameters():
-        weight = parameter.detach().to(getattr(torch, dtype), copy=True)
+        weight = parameter.detach()
         state[name] = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    state = merge_lora(state)
+    state = {name: weight.to(getattr(torch, dtype), copy=True) for name, weight in state.items()}
     copy.load_state_dict(state, assign=True)
     for block, original in zip(copy.model.layers, model.model.layers):
         block.recompute = original.recompute
@@ -832,15 +865,18 @@ def whole_copy(model: Llama, dtype: str) -> Llama:
 def write_model(model: Llama, previous: Path, stage: Path, dtype: str):
     """Write the trained model, whole, in `dtype` (empty: as it is).
 
-    The other files of the folder that it comes from are copied.
+    The other files of the folder that it comes from are copied. Adapters are merged, and written to
+    the folder `adapter`, too.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
 
     def save():
         copy_files(previous, stage)
+        save_lora(state, previous, stage / "adapter")
         # config.json comes last: a folder that has it is complete
-        save_model(model, stage, state, getattr(torch, dtype) if dtype else None)
+        merged = merge_lora(state)
+        save_model(model, stage, merged, getattr(torch, dtype) if dtype else None)
 
     on_rank_0(save)
 
@@ -855,7 +891,7 @@ def grow_trees(
 
     Each tree is written as it ends, and questions that have one are not searched again. If the
     objective has pairs, the log-probabilities are then replaced by those of the reference: one pass
-    with the policy that grew the trees.
+    with the policy that grew the trees. With LoRA that is done while training.
     """
     model = job.load(previous)
     file = stage / "trees.jsonl"
@@ -879,7 +915,7 @@ def grow_trees(
     describe(trees, job.search_tokenizer, job.losses)
     asked = zip(trees, questions)
     trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in asked]
-    if OBJECTIVES[job.losses.objective].pairs:
+    if OBJECTIVES[job.losses.objective].pairs and not job.train.lora_rank:
         reference = stage / "reference.safetensors"
         if job.run.dtype != "float32":
             # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats

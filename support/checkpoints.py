@@ -25,7 +25,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from support.files import (
     check_files,
@@ -41,6 +45,8 @@ from support.flags import InputError
 from support.ranks import on_rank_0, rank
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
+# frozen weights are not stored: they are those of the folder that training started from
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 PARTIAL = "checkpoint.partial"  # a checkpoint that is being written
 METADATA = "torch.distributed.checkpoint.metadata"
 METADATA_NAMES = (
@@ -204,7 +210,7 @@ def save_checkpoint(stage: Path, model, optimizer, step: int, keep: int):
         remove_old()
 
     on_rank_0(make_room)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED)
     state = {"model": model_state, "optimizer": optimizer_state}
     remedy = "the checkpoint before it is whole; make room and start again"
     transfer(dcp.save, state, partial, remedy, checkpoint_id=partial)  # the library syncs its files
@@ -244,7 +250,7 @@ def load_checkpoint(stage: Path, model, optimizer) -> int:
     except Exception as error:  # a damaged pickle may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{folder}: its .metadata is damaged ({reason}); {remedy}")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED)
     state = {"model": model_state, "optimizer": optimizer_state}
     transfer(dcp.load, state, folder, remedy, storage_reader=reader, planner=PlainPlanner())
     try:
@@ -253,6 +259,7 @@ def load_checkpoint(stage: Path, model, optimizer) -> int:
             optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=TRAINED,
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         kind = type(error).__name__

@@ -36,6 +36,7 @@ class Sizes:
     config: object  # a model.LlamaConfig
     parameters: int
     block_parameters: int
+    trained: int  # parameters: all, or with LoRA the adapters and the value head
     width: int  # bytes of a number
     logits: int  # how many logits a training step computes at once
 
@@ -43,6 +44,25 @@ class Sizes:
     def weights(self) -> int:
         """Bytes of all weights."""
         return self.parameters * self.width
+
+    @property
+    def lora(self) -> bool:
+        return self.trained != self.parameters
+
+    @property
+    def training_weights(self) -> int:
+        """Bytes of the weights that are trained, in float32, and of those that are frozen."""
+        return 4 * self.trained + (self.weights if self.lora else 0)
+
+    @property
+    def training_state(self) -> int:
+        """Bytes of these, of gradients and of AdamW's moments."""
+        return self.training_weights + 12 * self.trained
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of the weights as they are loaded for training, and read by rank 0 to be saved."""
+        return self.weights if self.lora else 4 * self.parameters
 
     def cached_token(self) -> int:
         """Bytes of the keys and values of a token."""
@@ -121,13 +141,13 @@ def training_memory(sizes: Sizes, lengths: Lengths, gpus: int, run, train) -> di
     if gpus > 1:
         gathered = (2 * root + 3 * block) * sizes.width + 4 * max(root, block)
     else:  # a copy to compute with
-        gathered = 0 if run.dtype == "float32" else sizes.weights
+        gathered = 0 if run.dtype == "float32" or sizes.lora else sizes.weights
     share = math.ceil(train.tune_batch / gpus) * lengths.training_tree
     tokens = max(min(train.pack_tokens or share, share), lengths.training_tree)
-    shards = 1 / gpus if gpus > 1 else 0  # made while the whole model is in memory in float32
+    shards = 1 / gpus if gpus > 1 else 0  # made while the whole model is in memory
     return {
-        "loading": 4 * sizes.parameters * (1 + shards),
-        "state": 16 * sizes.parameters / gpus,  # float32 weights, gradients and AdamW's moments
+        "loading": sizes.loaded * (1 + shards),
+        "state": sizes.training_state / gpus,
         "gathered": gathered,
         "activations": sizes.activations(tokens, train.recompute),
     }
@@ -139,7 +159,7 @@ def pack_room(sizes: Sizes, gpus: int, run, train, free: float) -> int:
     Gradients and AdamW's moments of the weights that are there already are still to come.
     """
     parts = training_memory(sizes, Lengths(0, 0, 1), gpus, run, replace(train, pack_tokens=1))
-    fixed = 0.75 * parts["state"] + parts["gathered"] + sizes.activations(0, train.recompute)
+    fixed = 12 * sizes.trained / gpus + parts["gathered"] + sizes.activations(0, train.recompute)
     each = sizes.activations(1, train.recompute) - sizes.activations(0, train.recompute)
     return int((free - fixed) // each)
 
@@ -148,8 +168,8 @@ def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, loss
     """Print the plan of a run, given the dataclasses of train.py's flags; only rank 0 does."""
     if rank():
         return
-    capacity = 80e9
-    if torch.cuda.is_available():
+    capacity = 1e9 * run.plan_memory or 80e9
+    if torch.cuda.is_available() and not run.plan_memory:
         capacity = torch.cuda.get_device_properties(0).total_memory
     usable = capacity * (1 - KEPT_FREE)
     lengths = assumed_lengths(run, search)
@@ -160,7 +180,8 @@ def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, loss
     for gpus in GPUS:
         parts = training_memory(sizes, lengths, gpus, run, train)
         if not train.pack_tokens:  # as much as fits, one tree at least
-            room = max(1, pack_room(sizes, gpus, run, train, usable - parts["state"] / 4))
+            left = usable - sizes.training_weights / gpus
+            room = max(1, pack_room(sizes, gpus, run, train, left))
             parts = training_memory(sizes, lengths, gpus, run, replace(train, pack_tokens=room))
         if losses.objective == "grpo":  # an unsharded copy samples between the steps
             parts["activations"] += sizes.weights
@@ -172,7 +193,7 @@ def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, loss
         over = [f"{n} ({size / 1e9:.1f} GB)" for n, size in phases.items() if size > usable]
         if over:
             problems[gpus] = f"{gpus} GPU{'s' * (gpus > 1)}: {' and '.join(over)} will not fit"
-            if parts["activations"] > capacity / 4:
+            if training > usable and parts["activations"] > capacity / 4:
                 problems[gpus] += "; activations are large: --recompute, or fewer --pack-tokens"
     print_verdict(sizes, lengths, problems, run, train)
     print_floor(sizes, lengths, searches[0], usable, run, train, search)
@@ -220,7 +241,10 @@ def print_verdict(sizes: Sizes, lengths: Lengths, problems: dict[int, str], run,
     fitting = ", ".join(str(gpus) for gpus in GPUS if gpus not in problems) or "none"
     trees = QUESTIONS * lengths.training_tree
     model = 4 * sizes.parameters
-    disk = (run.rounds + 1) * model + (train.keep + 1) * 3 * model + run.rounds * trees * JSON_BYTES
+    kept = (train.keep + 1) * 12 * sizes.trained
+    disk = (run.rounds + 1) * model + kept + run.rounds * trees * JSON_BYTES
+    if 1 in problems and not sizes.lora:
+        print("With --lora-rank 16 training takes less: see the plan with it.")
     print(
         f"It fits on {fitting} of these. Host memory of each rank: {model / 1e9:.0f} GB while the "
         f"weights are read and when rank 0 saves, and {trees * TREE_BYTES / 1e9:.0f} GB for the "

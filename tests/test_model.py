@@ -259,9 +259,9 @@ KINDS = ("weight", "bias")
 def test_another_value_head(tmp_path, tokenizer, monkeypatch):
     """Catches a model that only draws, counts, saves, loads or searches with the head that it comes
     with: another one is assigned to model.ValueHead, and nothing else changes."""
-    before, _ = count_parameters(tiny_config())
+    before, *_ = count_parameters(tiny_config())
     monkeypatch.setattr("model.ValueHead", TwoLayers)
-    after, _ = count_parameters(tiny_config())
+    after, *_ = count_parameters(tiny_config())
     assert after - before == (32 * 300 + 300 + 300 + 1) - 33
     config = tiny_config(vocab_size=tokenizer.tokenizer.get_vocab_size(), initializer_range=0.3)
     model = Llama(config).init_weights(1).eval()
