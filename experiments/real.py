@@ -67,7 +67,7 @@ RATE_OF = {"no-margin": "svpo", "no-squared-error": "svpo"}  # rows with the rat
 SEEDS = {"sft-longer": 3, "rft": 3, "alphamath": 3, "svpo": 3}  # how many of a row; others: 1
 TWICE = ("rft", "svpo")  # rows with a second round
 STRATEGIES = ("greedy", "beam:1,5", "majority:5", "best:5", "beam:3,5")
-ANSWERED_IN_FULL = ("sft", "alphamath-0", "svpo-0")  # with all STRATEGIES
+ANSWERED_IN_FULL = ("alphamath-0", "svpo-0")  # with all STRATEGIES
 BY_VOTE = ("rft-0",)  # V is not trained: greedily and by majority
 VALUED = ("alphamath", "svpo", "no-margin", "no-squared-error")  # V is trained: SBS(1,5) too
 TINY = {  # in place of these flags
@@ -208,6 +208,8 @@ def strategies_of(name: str) -> tuple[str, ...]:
     """The strategies that a model answers with."""
     if name in ANSWERED_IN_FULL:
         return STRATEGIES
+    if name == "sft":  # V is not trained: what it does to beams, at the lower cost
+        return STRATEGIES[:-1]
     if name in BY_VOTE:
         return ("greedy", "majority:5")
     valued = name.rpartition("-")[0].removesuffix("-twice") in VALUED
