@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -651,6 +652,15 @@ class StepTokenizer:
             found[-1] = (found[-1][0] + end, found[-1][1] + [True] * len(end))
         return found
 
+    def encode_step(self, text: str, last: bool) -> list[int]:
+        """The tokens of one step, ended by its delimiter or, if it is the `last`, end-of-text."""
+        text = text.strip("\n")
+        if not last and not text.endswith(self.steps.delimiter):
+            text += self.steps.delimiter
+        ids = self.encode(text)
+        self.check_ids(ids, f"a step, {text[:40]!r},")
+        return ids + (self.eos_ids[:1] if last else [])
+
     def draw(
         self, logits_XV: Tensor, uniform_X: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
@@ -746,6 +756,46 @@ def solution_tree(question: Question, tokenizer: StepTokenizer) -> Tree:
     for tokens, written in tokenizer.encode_steps(question.solution):
         nodes.append(TreeNode(len(nodes) - 1, tokens, written))
     return Tree(question.id, question.text, question.answer, nodes)
+
+
+def labelled_tree(
+    question: Question, solutions: list[list[tuple[str, float]]], tokenizer: StepTokenizer
+) -> Tree:
+    """The tree of solutions whose steps somebody has labelled, for `train.py --trees`.
+
+    A solution is a list of (text of a step, label). Labels go from -1, wrong, to 1, right; booleans
+    are these two. Equal steps after the same steps are one node, with the mean of their labels as
+    Q. A solution is right if its last label is above 0. End-of-text follows if that step states an
+    answer. InputError for solutions or steps without text, and for other labels.
+    """
+    prompt = tokenizer.encode_prompt(question)
+    nodes = [TreeNode(-1, prompt, [False] * len(prompt))]
+    places = {}  # (parent, tokens) -> node
+    for solution in solutions:
+        path = [0]
+        labels = []
+        for number, (text, label) in enumerate(solution, 1):
+            label = 2 * label - 1 if isinstance(label, bool) else label
+            if not text.strip() or not is_number(label) or abs(label) > 1:
+                raise InputError(f"question {question.id}: step {text!r:.60}, label {label!r}")
+            answered = number == len(solution) and extract_answer(text) is not None
+            tokens = tokenizer.encode_step(text, answered)
+            parent = path[-1]
+            place = places.setdefault((parent, tuple(tokens)), len(nodes))
+            if place == len(nodes):
+                nodes.append(TreeNode(parent, tokens, [True] * len(tokens)))
+            path.append(place)
+            labels.append(label)
+        if not labels:
+            raise InputError(f"question {question.id}: a solution without steps")
+        reward = 1.0 if labels[-1] > 0 else -1.0
+        nodes[path[-1]].reward = reward
+        nodes[path[-1]].ending = "answer" if answered else None
+        for index, label in zip(path, [reward, *labels]):
+            node = nodes[index]
+            node.visit_count += 1
+            node.q_value += (label - node.q_value) / node.visit_count
+    return Tree(question.id, question.text, question.answer, nodes, len(solutions), "samples")
 
 
 def solution_fate(question: Question, tokenizer: StepTokenizer, search, context: int) -> str:
@@ -851,6 +901,15 @@ def node_problem(index: int, node: TreeNode) -> str:
     return ""
 
 
+def read_node(index: int, row: dict) -> TreeNode:
+    """A stored node. What may be missing: `sampled` (all but the prompt), Q (the reward), the
+    visits (one, if there is a Q or a reward), and the fields that have a default."""
+    known = {"sampled": [index > 0] * len(row["tokens"])}
+    if row.get("q_value", row.get("reward")) is not None:
+        known |= {"q_value": row.get("reward"), "visit_count": 1}
+    return TreeNode(**known | row)
+
+
 def read_trees(file: str | Path, content: bytes | None = None) -> list[Tree]:
     """All trees of a JSONL file; InputError names the line of a bad one."""
     trees = []
@@ -858,7 +917,7 @@ def read_trees(file: str | Path, content: bytes | None = None) -> list[Tree]:
     for number, row in read_rows(Path(file), content=content):
         where = f"{file}, line {number}"
         try:
-            tree = Tree(**{**row, "nodes": [TreeNode(**node) for node in row["nodes"]]})
+            tree = Tree(**{**row, "nodes": list(starmap(read_node, enumerate(row["nodes"])))})
             for node in tree.nodes:  # equal ids as one object: a third of the memory
                 node.tokens = [known.setdefault(token, token) for token in node.tokens]
         except (TypeError, KeyError) as error:

@@ -6,9 +6,9 @@
 Commands stand in indented blocks and in marks. Output is pasted between `<!-- COMMAND -->` and
 `<!-- end -->` of README.md, docs/ and experiments/tables.md: the last table that the command
 printed, its commit and its seconds. FOLDER and questions.jsonl are the first round of the first
-command and twenty questions of the task; --plan is added where a command wants eight GPUs. A
-command finds what those before it left. The test command is left to .ci/run, and the hour-long one
-to its reader.
+command and twenty questions of the task, labels.jsonl has two labelled solutions of each; --plan is
+added where a command wants eight GPUs. A command finds what those before it left. The test command
+is left to .ci/run, and the hour-long one to its reader.
 """
 
 import json
@@ -50,13 +50,18 @@ def prepare(folder: Path) -> dict[str, str]:
     for page in PAGES:
         for name, code in EXAMPLE.findall((ROOT / page).read_text()):
             (clone / f"{name}.py").write_text(code)
-    rows = []
+    rows, labels = [], []
     for number in range(20):
         first, second = number % 7, number % 5
         answer = (first + second * 2 - 1) % 7
         question = f"{first}+{second}*2-1"
         rows.append({"question": question, "answer": str(answer), "id": str(number)})
-    (clone / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for label, stated in ((True, answer), (False, (answer + 1) % 7)):
+            steps = {"steps": [f"1*1=1 #### {stated}"], "labels": [label]}
+            labels.append({"id": str(number), **steps})
+    for name, lines in (("questions", rows), ("labels", labels)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (clone / f"{name}.jsonl").write_text(text)
     subprocess.run(["bash", "setup.sh"], cwd=clone, check=True)
     # figures need a package that the pages name beside their command
     pip = [clone / ".venv" / "bin" / "python", "-m", "pip", "install", "-q", "matplotlib"]
