@@ -182,8 +182,8 @@ class RunConfig(SourceConfig):
     rounds: int = flag(1, "rounds of search and training; AlphaMath: 3", least=0)
     trees: str = flag(
         "",
-        "trees of the first round, written by mcts.py with --model; only questions without a tree "
-        "there are searched",
+        "trees of the first round, written by mcts.py with --model or by you (docs/trees.md); only "
+        "questions without a tree there are searched",
     )
     save_dtype: str = flag(
         "",

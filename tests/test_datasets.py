@@ -174,6 +174,23 @@ def test_the_tokens_that_begin_a_text_are_there_once(name):
     assert exact == (name != "trl-text")  # its trainer begins every text with <s>
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_first_spaces_of_steps(name):
+    """Catches spaces that are lost in front of steps: tokenizers such as LLaMA's strip one from
+    what they decode, and put one before each text. A trainer that encodes steps alone then gets
+    other tokens for a step without a space, and only for that."""
+    words = ["</s>", "?", "\n", "▁", "a", "b"]
+    known = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    known.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    known.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = StepTokenizer(known, [0])
+    tree = steps_of(tokenizer, (0, ["▁", "a", "\n"], 1.0), (0, ["b", "\n"], -1.0))
+    text = as_text(tree, tokenizer, FORMATS[name])
+    assert text.texts == ["?\n", " a\n", "b\n"]
+    exact = [text.is_exact([[0], [step]], tokenizer, FORMATS[name]) for step in (1, 2)]
+    assert exact == [True, FORMATS[name].joined]
+
+
 def test_kept_rows_are_marked(tmp_path, monkeypatch, capsys):
     """Catches retokenised pairs that are written by default, not marked when they are kept, or not
     counted."""
@@ -323,6 +340,8 @@ def test_a_labelled_tree(tokenizer):
     soft = labelled_tree(question, [[("2+3=5", 0.5)], [("2+3=5\n", -0.25)]], tokenizer)
     assert len(soft.nodes) == 2 and soft.nodes[1].q_value == pytest.approx(0.125)
     assert tokenizer.tokenizer.decode(soft.nodes[1].tokens, False) == "2+3=5\n"
+    early = labelled_tree(question, [[("1 #### 1", True), ("2+3=5", False)]], tokenizer)
+    assert 0 not in early.nodes[1].tokens + early.nodes[2].tokens and not early.nodes[1].reward
     for bad in ([], [("2+3", 2.0)], [("2+3", "right")], [("\n", True)], [("2", float("nan"))]):
         with pytest.raises(InputError, match="question q"):
             labelled_tree(question, [bad], tokenizer)
