@@ -14,23 +14,19 @@ from test_svpo import searched
 from test_train import command, refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-import svpo
 from data import Question, StepTokenizer, Tree, TreeNode, labelled_tree, read_trees, write_trees
+from export import FORMATS, as_text, main, preferences, supervision
 from model import Llama, load_model, save_model
 from support.flags import InputError, run_command
 from svpo import (
-    FORMATS,
     Batch,
     LossConfig,
-    as_text,
     learn,
     loss_sums,
     pairs_of,
-    preferences,
     rescore,
     score,
     sibling_pairs,
-    supervision,
 )
 
 STEPS = LossConfig("step-dpo")
@@ -53,9 +49,9 @@ def read_lines(file: Path) -> list[dict]:
 def export(monkeypatch, trees: Path, model: Path, name: str, *words) -> list[dict]:
     """The rows that the command writes, run in this process."""
     out = trees.with_name(f"{name}.jsonl")
-    line = ["svpo.py", "--trees", trees, "--model", model, "--format", name, "--out", out, *words]
+    line = ["export.py", "--trees", trees, "--model", model, "--format", name, "--out", out, *words]
     monkeypatch.setattr(sys, "argv", [str(word) for word in line])
-    run_command(svpo.main)
+    run_command(main)
     return read_lines(out)
 
 
@@ -314,7 +310,7 @@ def test_bad_input_to_the_dataset_command(tmp_path, named_folder, tokenizer, cap
     ):
         flags = usual | changed
         words = [word for pair in flags.items() for word in pair if word is not None]
-        assert message in refused(svpo.main, words, capsys, monkeypatch), changed
+        assert message in refused(main, words, capsys, monkeypatch), changed
         assert not (tmp_path / "new").exists(), changed
     assert "question" in (tmp_path / "questions.jsonl").read_text()
     assert len(read_trees(tmp_path / "good.jsonl")) == 1

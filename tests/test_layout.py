@@ -16,6 +16,7 @@ LOWER["engine"] = {"support", "tasks", "data", "model"}
 LOWER["mcts"] = {"support", "tasks", "data", "model", "engine"}
 LOWER["svpo"] = {"support", "data", "model"}
 LOWER["eval"] = LOWER["mcts"] | {"mcts", "svpo"}
+LOWER["export"] = {"support", "data", "svpo"}
 LOWER["train"] = LOWER["eval"] | {"eval"}
 LOWER["minimal"] = {"data", "model", "tasks"}  # nothing that it specifies
 MODULES = [name for name in LOWER if (ROOT / f"{name}.py").exists()]

@@ -15,7 +15,7 @@ PAGES = [*readme.PAGES, "CONTRIBUTING.md", "RESULTS.md", "experiments/tables.md"
 COMMANDS = {  # what knows flags
     "train.py": [],
     "mcts.py": [],
-    "svpo.py": [],
+    "export.py": [],
     "eval.py": [],
     "experiments/bench.py": ["search"],
     "experiments/search_speed.py": ["growth"],
