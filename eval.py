@@ -1,6 +1,6 @@
 """Answering with every strategy at a known cost, and how good the value is at judging steps.
 
-    python eval.py --model FOLDER --data SPEC --strategy greedy majority:5 best:5 beam:3,5 mcts:16
+    python eval.py --model FOLDER --data SPEC --strategy greedy weighted:5 beam:3,5 mcts:16
     python eval.py --model FOLDER --data SPEC --budget --json curve.json
                                             accuracy against sampled tokens, with a figure
     python eval.py --show TREES             the trees of a file as a page
@@ -56,8 +56,10 @@ BUDGET = (  # the strategies of --budget
     "greedy",
     *(f"majority:{count}" for count in (1, 2, 4, 8, 16, 32)),
     *(f"best:{count}" for count in (2, 4, 8, 16, 32)),
+    *(f"weighted:{count}" for count in (4, 8, 16, 32)),
     *(f"beam:1,{count}" for count in (2, 3, 5, 10)),
     *(f"beam:{count},5" for count in (2, 3, 5)),
+    *(f"vote:{count},5" for count in (3, 5)),
     *(f"mcts:{count}" for count in (2, 4, 8, 16)),
 )
 
@@ -87,8 +89,8 @@ def samples(
     return choose(answered) if answered else None
 
 
-def majority(answered: list[Node]) -> Node:
-    """A solution whose answer occurs most often.
+def majority(answered: list[Node], weight: Callable[[Node], float] = lambda node: 1) -> Node:
+    """A solution whose answer occurs most often, or has the largest sum of weights.
 
     Answers that grade as equal are one. The earliest wins a tie.
     """
@@ -101,7 +103,15 @@ def majority(answered: list[Node]) -> Node:
                 break
         else:
             groups.append([node])
-    return max(groups, key=len)[0]
+    return max(groups, key=lambda group: sum(map(weight, group)))[0]
+
+
+def weighted(answered: list[Node]) -> Node:
+    """A vote in which each solution counts (V + 1) / 2, its chance to be right.
+
+    Weights of a verifier: arXiv 2206.02336; that they are V's chance is our choice.
+    """
+    return majority(answered, lambda node: (node.value + 1) / 2)
 
 
 def best_value(answered: list[Node]) -> Node:
@@ -110,14 +120,19 @@ def best_value(answered: list[Node]) -> Node:
 
 
 def beam_search(
-    root: Node, beam_width: int, expand_width: int, max_depth: int
+    root: Node,
+    beam_width: int,
+    expand_width: int,
+    max_depth: int,
+    choose: Callable[[list[Node]], Node] = best_value,
 ) -> Generator[list[Node], list[Node], Node | None]:
     """Step-level beam search SBS(B1, B2) (AlphaMath algorithm 2).
 
     B1 = beam_width, B2 = expand_width. Keep the B1 partial solutions whose newest step has the
     highest V, among B2 sampled steps from each (B1 * B2 from the root). Finished ones leave the
-    beam and shrink it. The answer is the finished solution of highest V. Steps that can never
-    answer (cut, ended without an answer, at max_depth) are dropped first, as in the official code.
+    beam and shrink it. `choose` takes one of them for the answer: the one of highest V, as in the
+    paper, or the winner of a vote. Steps that can never answer (cut, ended without an answer, at
+    max_depth) are dropped first, as in the official code.
     """
     beam = [root]
     finished = []
@@ -130,7 +145,7 @@ def beam_search(
         best = sorted(different.values(), key=lambda child: -child.value)[:open_width]
         finished += [child for child in best if child.ending]
         beam = [child for child in best if not child.ending]
-    return max(finished, key=lambda child: child.value) if finished else None
+    return choose(finished) if finished else None
 
 
 def can_answer(node: Node, max_depth: int) -> bool:
@@ -170,7 +185,17 @@ class Strategy:
 # strategies of your own: name -> function of (the numbers after the name, SearchConfig,
 # temperature) that returns a Strategy
 STRATEGIES = {}
-NUMBERS = {"greedy": 0, "sampled": 0, "majority": 1, "best": 1, "beam": 2, "mcts": 1}
+FORMS = (  # of those that there are
+    "greedy",
+    "sampled",
+    "majority:K",
+    "best:K",
+    "weighted:K",
+    "beam:B1,B2",
+    "vote:B1,B2",
+    "mcts:N",
+)
+NUMBERS = {form.partition(":")[0]: form.count(":") + form.count(",") for form in FORMS}
 
 
 def parse_strategy(
@@ -179,7 +204,7 @@ def parse_strategy(
     config: AnswerConfig | None = None,
     seed: int = 0,
 ) -> Strategy:
-    """`greedy`, `sampled`, `majority:K`, `best:K`, `beam:B1,B2` or `mcts:SIMULATIONS`.
+    """The strategy that a text of one of the FORMS names, or an entry of STRATEGIES.
 
     InputError for any other name, or numbers that do not fit.
     """
@@ -194,28 +219,29 @@ def parse_strategy(
         except (IndexError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"--strategy {text}: its numbers do not fit ({error})")
     if len(numbers) != NUMBERS.get(name) or min(numbers, default=1) < 1:
-        known = ["greedy", "sampled", "majority:K", "best:K", "beam:B1,B2", "mcts:N", *STRATEGIES]
-        raise InputError(f"unknown strategy {text!r}; there are {', '.join(known)}")
-    if name == "beam":
-        return beam_strategy(*numbers, search, config.answer_temperature)
+        known = ", ".join([*FORMS, *STRATEGIES])
+        raise InputError(f"unknown strategy {text!r}; there are {known}")
+    if name in ("beam", "vote"):
+        choose = weighted if name == "vote" else best_value
+        return beam_strategy(*numbers, search, config.answer_temperature, choose)
     if name == "mcts":
         return mcts_strategy(*numbers, search, config.answer_temperature, seed)
     temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
     count = numbers[0] if numbers else 1
-    choose = best_value if name == "best" else majority
+    choose = {"best": best_value, "weighted": weighted}.get(name, majority)
     demand = Demand(count, temperature, expansions=1, steps_per_lane=search.max_depth)
     return Strategy(demand, lambda question, root: samples(root, count, choose))
 
 
 def beam_strategy(
-    beam_width: int, expand_width: int, search: SearchConfig, temperature: float
+    beam_width: int, expand_width: int, search: SearchConfig, temperature: float, choose: Callable
 ) -> Strategy:
-    """Step-level beam search as a strategy."""
+    """Step-level beam search as a strategy; `choose` picks one of the finished solutions."""
     lanes = beam_width * expand_width
     demand = Demand(lanes, temperature, search.max_depth, paths=beam_width, moves_on=True)
 
     def start(question, root):
-        return beam_search(root, beam_width, expand_width, search.max_depth)
+        return beam_search(root, beam_width, expand_width, search.max_depth, choose)
 
     return Strategy(demand, start)
 
@@ -503,7 +529,7 @@ class EvalConfig:
 
     strategy: tuple = flag(
         ("greedy", "sampled", "beam:1,5", "beam:3,5"),
-        "greedy, sampled, majority:K, best:K, beam:B1,B2, mcts:N",
+        ", ".join(FORMS),
     )
     budget: bool = flag(False, "answer with every kind of strategy at several sizes instead")
     json: str = flag(

@@ -106,7 +106,8 @@ def test_every_strategy_answers(work):
     """Catches strategies that only run alone, a table without costs, a diagnosis without trees or a
     reference, and an audit that shows no answer."""
     folder, words = work
-    strategies = ["greedy", "sampled", "majority:3", "best:3", "beam:2,2", "mcts:3"]
+    strategies = ["greedy", "sampled", "majority:3", "best:3", "weighted:3"]
+    strategies += ["beam:2,2", "vote:2,2", "mcts:3"]
     finish(start(ROOT / "mcts.py", *words, "--limit", "8", "--out", "trees.jsonl", cwd=folder))
     answer = [ROOT / "eval.py", *words, "--limit", "6", "--strategy", *strategies]
     more = "--trees trees.jsonl --json out.json --audit 1".split()

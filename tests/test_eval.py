@@ -22,6 +22,7 @@ from eval import (
     sibling_accuracy,
     soft_auc,
     tree_search,
+    weighted,
 )
 from mcts import SearchConfig
 from support.flags import InputError
@@ -99,7 +100,40 @@ def test_choosing_among_samples():
     assert run(samples(Node(tokens=[9]), 2, majority), lambda parent, copy: found[-1])[0] is None
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "majority:3", "beam:2,2", "mcts:3"])
+def test_votes_are_weighted_by_the_chance_to_be_right():
+    """Catches votes that are weighted by V itself, whose sign would count a bad solution against
+    its own answer, counts in place of weights, answers that are compared as text, and a beam whose
+    finished solutions do not vote."""
+
+    def node(number, value, text):
+        return Node(None, [number], -1.0, value, "answer", text=text)
+
+    # chances: 18 has 0.3 + 0.25 = 0.55, 7 has 0.6, 5 has 3 * 0.15 = 0.45
+    found = [node(0, -0.4, "#### 18"), node(1, 0.2, "#### 7"), node(2, -0.5, "#### 18.0")]
+    found += [node(3, -0.7, "#### 5") for _ in range(3)]
+    # 18 has 0.65 + 0.25 = 0.9 and wins, although each of its votes is not the best one
+    close = [node(0, 0.3, "#### 18"), node(1, 0.7, "#### 7"), node(2, -0.5, "x #### 18.0")]
+
+    def chosen(name, nodes):
+        search = parse_strategy(name).start(Question("q", "?", "1"), Node(tokens=[9]))
+        return run(search, lambda parent, copy: nodes[copy])[0]
+
+    assert chosen("weighted:6", found) is found[1]
+    assert chosen("majority:6", found) is found[3]
+    assert chosen("weighted:3", close) is close[0] and chosen("best:3", close) is close[1]
+    assert weighted(found[:1]) is found[0]
+
+    def grow(parent, copy):  # the three of highest V finish at once
+        one = close[copy] if copy < 3 else node(copy, -0.9, "#### 1")
+        return Node(parent, one.tokens, -1.0, one.value, "answer", text=one.text)
+
+    for name, tokens in (("vote:3,3", [0]), ("beam:3,3", [1])):
+        search = parse_strategy(name).start(Question("q", "?", "1"), Node(tokens=[9]))
+        answer, asked = run(search, grow)
+        assert answer.tokens == tokens and asked == [9], name
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "majority:3", "weighted:3", "beam:2,2", "mcts:3"])
 def test_no_room_is_no_answer(strategy):
     """Catches a strategy that trips over the empty list that it receives where the cache has no
     room, or answers with the question."""
@@ -166,7 +200,9 @@ def test_names_of_strategies():
         "sampled": (1, 1, 1, 8, 1),
         "majority:7": (7, 1, 1, 8, 0.6),
         "best:3": (3, 1, 1, 8, 0.6),
+        "weighted:4": (4, 1, 1, 8, 0.6),
         "beam:3,5": (15, 3, 8, 1, 0.6),
+        "vote:2,3": (6, 2, 8, 1, 0.6),
         "mcts:9": (4, 1, 9, 1, 0.6),
     }
     for name, figures in wanted.items():
@@ -174,6 +210,7 @@ def test_names_of_strategies():
         found = (demand.lanes, demand.paths, demand.expansions, demand.steps_per_lane)
         assert (*found, demand.temperature) == figures, name
     wrong = "beam beam:3 beam:0,5 beam:a,b 3,5 greed greedy:2 majority mcts:0 best:1,2 hope:3"
+    wrong += " vote:3 vote weighted weighted:2,2"
     for name in wrong.split():
         with pytest.raises(InputError, match="unknown strategy"):
             parse_strategy(name)
