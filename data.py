@@ -9,19 +9,24 @@ Dimension key: X tokens of a flat line (one for each lane that samples), V vocab
 
 import copy
 import dataclasses
+import functools
 import glob
 import gzip
+import hashlib
 import json
 import os
 import random
 import re
+import sys
 import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import starmap
+from numbers import Real
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from tokenizers import Tokenizer
@@ -32,9 +37,11 @@ from support.files import (
     append,
     as_object,
     digest,
+    is_plain,
     json_object,
     parse_json,
     read_file,
+    read_json,
     read_text,
     sealed,
     sync,
@@ -472,16 +479,19 @@ def question_files(source, split: str = "") -> list[Path]:
     return [locate(word, source.data_dir, split)[1] for word in split_words(source.data)]
 
 
-def identity_of(folder: Path | None, tokenizers: list["StepTokenizer"]) -> dict[str, str]:
-    """Hashes of what a search or a run is made with: weights, tokenizer and prompts.
+def identity_of(
+    folder: Path | None, tokenizers: list["StepTokenizer"], reward: str = ""
+) -> dict[str, str]:
+    """Hashes of what a search or a run is made with: weights, tokenizer, prompts and reward.
 
-    `folder` is the model's; None for one that is not there yet.
+    `folder` is the model's; None for one that is not there yet. `reward` is the value of --reward.
     """
     prompts = [one.chat(one.template) if one.chat else one.template for one in tokenizers]
     return {
         "weights": weights_mark(folder) if folder else "",
         "tokenizer": digest([tokenizers[0].tokenizer.to_str(), tokenizers[0].eos_ids]),
         "prompts": digest(prompts),
+        "reward": load_reward(reward)[1],
     }
 
 
@@ -503,10 +513,12 @@ def comparable(text: str) -> str:
     return re.sub(r"[\s${}.,;:!?'\"`\u2018\u2019\u201c\u201d]", "", text)
 
 
-def outcome_of(question: Question) -> Callable[[object], float]:
+def outcome_of(question: Question, reward: str = "") -> Callable[[object], float]:
     """The outcome of a terminal node: +1 if its answer is right, else -1.
 
-    A node that is cut, too deep or states no answer is wrong, too.
+    A node that is cut, too deep or states no answer is wrong, too. With `reward` (the value of
+    --reward) it is what that function returns for the whole solution. Such a function judges
+    finished solutions only, with an answer or without; a node that is cut or too deep gets -1.
     """
 
     def outcome(node) -> float:
@@ -514,7 +526,66 @@ def outcome_of(question: Question) -> Callable[[object], float]:
         right = answered and is_correct(extract_answer(node.text), question.answer)
         return 1.0 if right else -1.0
 
-    return outcome
+    def rewarded(node) -> float:
+        if node.ending in ("cut", "deep"):
+            return -1.0
+        return reward_of(reward, question, "".join(step.text for step in node.path()))
+
+    return rewarded if reward else outcome
+
+
+def reward_of(reward: str, question: Question, text: str) -> float:
+    """What the function of --reward returns for a solution.
+
+    InputError with the file and the question if it fails, or returns anything but a number within
+    [-1, 1].
+    """
+    function, _ = load_reward(reward)
+    where = f"--reward {reward}, question {question.id}"
+    try:
+        value = function(question, text)
+    except Exception as error:
+        raise InputError(f"{where}: {type(error).__name__}: {error}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= value <= 1:
+        raise InputError(f"{where}: it returned {value!r:.80}, not a number within [-1, 1]")
+    return float(value)
+
+
+@functools.cache
+def load_reward(reward: str) -> tuple[Callable[[Question, str], float] | None, str]:
+    """The function that --reward FILE.py:FUNCTION names, and a hash of its file; None and "" of "".
+
+    A process reads the file once, so that the hash is that of the code that runs. InputError if
+    there is no such file or function, or if the file fails.
+    """
+    if not reward:
+        return None, ""
+    file, _, name = reward.rpartition(":")
+    if not file or not name:
+        raise InputError(f"--reward {reward}: it must be FILE.py:FUNCTION")
+    content = read_file(Path(file))
+    module = ModuleType(f"--reward {file}")
+    sys.modules[module.__name__] = module  # dataclasses look for their module there
+    try:
+        exec(compile(content, file, "exec"), module.__dict__)
+    except Exception as error:
+        raise InputError(f"--reward {file}: {type(error).__name__}: {error}")
+    if not callable(getattr(module, name, None)):
+        raise InputError(f"--reward {reward}: {file} has no function {name!r}")
+    return getattr(module, name), hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def check_reward(reward: str, trees: str = ""):
+    """Refuse a --reward that cannot be used, and --trees that were searched with another one.
+
+    mcts.py keeps a hash of its reward beside its trees; other trees are taken as they are.
+    """
+    mark = load_reward(reward)[1]
+    kept = Path(f"{trees}.config")
+    if trees and is_plain(kept):
+        found = as_object(read_json(kept).get("identity", {}), f"{kept}, identity")
+        if found.get("reward", "") != mark:
+            raise InputError(f"--trees {trees}: they were searched with another --reward")
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -718,7 +789,8 @@ class TreeNode:
     visit_count: int = 0
     q_value: float = 0.0
     value: float = 0.0  # V when the tree was grown
-    reward: float | None = None  # +1 or -1 at terminal nodes
+    # of terminal nodes, in [-1, 1]; without --reward +1 or -1. Above 0 is right, below 0 wrong
+    reward: float | None = None
     ending: str | None = None  # terminal nodes: "answer", "eos", "cut" (too long) or "deep"
 
 

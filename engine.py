@@ -883,7 +883,7 @@ class Engine:
             nodes += node.children
         rewards = [node.reward for node in nodes if node.reward is not None]
         self.graded += bool(rewards)
-        self.solved += 1 in rewards
+        self.solved += max(rewards, default=0) > 0
 
     def pace(self, seconds: float) -> str:
         """Nodes and tokens per second, and the share of solved questions if outcomes are known."""

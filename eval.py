@@ -27,8 +27,10 @@ from data import (
     SourceConfig,
     StepTokenizer,
     Tree,
+    check_reward,
     check_token_ids,
     fitting,
+    outcome_of,
     question_files,
     read_trees,
 )
@@ -49,7 +51,7 @@ from support.ranks import (
     world_size,
 )
 from support.tables import print_answers, print_audit, print_diagnosis
-from svpo import outcomes_below, rescore, sibling_pairs
+from svpo import outcomes_below, rescore, sibling_pairs, sums_below
 from tasks.grading import compare_answers, extract_answer, is_correct
 
 BUDGET = (  # the strategies of --budget
@@ -80,12 +82,15 @@ class AnswerConfig:
 # ------------------------------------------------------------------------------------- strategies
 
 
+STATED = ("answer",)  # endings of solutions that a strategy may answer with
+
+
 def samples(
-    root: Node, count: int, choose: Callable[[list[Node]], Node]
+    root: Node, count: int, choose: Callable[[list[Node]], Node], ends: tuple = STATED
 ) -> Generator[list[Node], list[Node], Node | None]:
-    """Sample `count` whole solutions independently; `choose` picks one that states an answer."""
+    """Sample `count` whole solutions independently; `choose` picks one with an ending of `ends`."""
     solutions = yield [root] * count
-    answered = [node for node in solutions if node.ending == "answer"]
+    answered = [node for node in solutions if node.ending in ends]
     return choose(answered) if answered else None
 
 
@@ -119,12 +124,21 @@ def best_value(answered: list[Node]) -> Node:
     return max(answered, key=lambda node: node.value)
 
 
+def ends_of(search: SearchConfig, choose: Callable = best_value) -> tuple:
+    """The endings of solutions that a strategy may answer with.
+
+    A --reward also judges solutions that end without an answer; a vote cannot take these.
+    """
+    return (*STATED, "eos") if search.reward and choose is best_value else STATED
+
+
 def beam_search(
     root: Node,
     beam_width: int,
     expand_width: int,
     max_depth: int,
     choose: Callable[[list[Node]], Node] = best_value,
+    ends: tuple = STATED,
 ) -> Generator[list[Node], list[Node], Node | None]:
     """Step-level beam search SBS(B1, B2) (AlphaMath algorithm 2).
 
@@ -140,7 +154,7 @@ def beam_search(
         open_width = beam_width - len(finished)
         copies = expand_width * (beam_width if beam == [root] else 1)
         children = yield [node for node in beam for _ in range(copies)]
-        useful = [child for child in children if can_answer(child, max_depth)]
+        useful = [child for child in children if can_answer(child, max_depth, ends)]
         different = {(id(child.parent), tuple(child.tokens)): child for child in useful}
         best = sorted(different.values(), key=lambda child: -child.value)[:open_width]
         finished += [child for child in best if child.ending]
@@ -148,9 +162,9 @@ def beam_search(
     return choose(finished) if finished else None
 
 
-def can_answer(node: Node, max_depth: int) -> bool:
-    """Whether a node states an answer, or can still be extended."""
-    return node.ending == "answer" or (not node.ending and node.depth < max_depth)
+def can_answer(node: Node, max_depth: int, ends: tuple = STATED) -> bool:
+    """Whether a node is an answer (an ending of `ends`), or can still be extended."""
+    return node.ending in ends or (not node.ending and node.depth < max_depth)
 
 
 def tree_search(
@@ -161,10 +175,11 @@ def tree_search(
     The right answer is not known, so stated answers are scored by V. Steps that can never answer
     are scored -1, and the walk goes only towards stated answers; both as in the official code.
     """
-    yield from mcts(root, config, lambda node: node.value if node.ending == "answer" else -1.0, rng)
+    ends = ends_of(config)
+    yield from mcts(root, config, lambda node: node.value if node.ending in ends else -1.0, rng)
 
     def answers(node):
-        return node.ending == "answer" or any(map(answers, node.children))
+        return node.ending in ends or any(map(answers, node.children))
 
     if not answers(root):
         return None
@@ -228,20 +243,22 @@ def parse_strategy(
         return mcts_strategy(*numbers, search, config.answer_temperature, seed)
     temperature = {"greedy": 0.0, "sampled": 1.0}.get(name, config.answer_temperature)
     count = numbers[0] if numbers else 1
-    choose = {"best": best_value, "weighted": weighted}.get(name, majority)
+    choose = {"majority": majority, "weighted": weighted}.get(name, best_value)
+    ends = ends_of(search, choose)
     demand = Demand(count, temperature, expansions=1, steps_per_lane=search.max_depth)
-    return Strategy(demand, lambda question, root: samples(root, count, choose))
+    return Strategy(demand, lambda question, root: samples(root, count, choose, ends))
 
 
 def beam_strategy(
     beam_width: int, expand_width: int, search: SearchConfig, temperature: float, choose: Callable
 ) -> Strategy:
     """Step-level beam search as a strategy; `choose` picks one of the finished solutions."""
+    ends = ends_of(search, choose)
     lanes = beam_width * expand_width
     demand = Demand(lanes, temperature, search.max_depth, paths=beam_width, moves_on=True)
 
     def start(question, root):
-        return beam_search(root, beam_width, expand_width, search.max_depth, choose)
+        return beam_search(root, beam_width, expand_width, search.max_depth, choose, ends)
 
     return Strategy(demand, start)
 
@@ -271,8 +288,8 @@ def answer_questions(
 ) -> dict:
     """Answer every question once, each rank its share.
 
-    Returns accuracy with its standard error, what a question cost (tokens, steps, seconds), and
-    every answer.
+    Returns accuracy with its standard error, the mean reward if there is a --reward, what a
+    question cost (tokens, steps, seconds), and every answer.
     """
     chosen = parse_strategy(strategy, search, config, seed)
     rows = max(1, config.answer_lanes // chosen.demand.lanes)
@@ -281,7 +298,7 @@ def answer_questions(
     begin = time.perf_counter()
     answers = []
     for question, _, node in engine.run(chosen.start, f"answer {strategy}"):
-        answers.append(grade_solution(question, node))
+        answers.append(grade_solution(question, node, search.reward))
     answers = gather(answers)
     count = len(questions)
     accuracy = sum(answer["correct"] for answer in answers) / count
@@ -294,17 +311,32 @@ def answer_questions(
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
         "stated": sum(answer["answer"] is not None for answer in answers) / count,
+        **mean_reward([answer["reward"] for answer in answers if "reward" in answer]),
         **costs,
         "seconds": (time.perf_counter() - begin) / count,
         "answers": sorted(answers, key=lambda answer: answer["id"]),
     }
 
 
-def grade_solution(question: Question, node: Node | None) -> dict:
-    """An answer as it stands in JSON, with the stage of grading that decided."""
+def mean_reward(rewards: list[float]) -> dict:
+    """The mean of the rewards with its standard error; nothing if there are none."""
+    if not rewards:
+        return {}
+    error = statistics.pstdev(rewards) / math.sqrt(len(rewards))
+    return {"reward": statistics.fmean(rewards), "reward_error": error}
+
+
+def grade_solution(question: Question, node: Node | None, reward: str = "") -> dict:
+    """An answer as it stands in JSON, with the stage of grading that decided.
+
+    `reward` is the value of --reward; without an answer the reward is -1.
+    """
     text = "".join(step.text for step in node.path()) if node else ""
     stated = extract_answer(node.text) if node and node.ending == "answer" else None
     correct, stage = compare_answers(stated, question.answer)
+    rewarded = {}
+    if reward:
+        rewarded["reward"] = outcome_of(question, reward)(node) if node else -1.0
     return {
         "id": question.id,
         "text": text,
@@ -312,6 +344,7 @@ def grade_solution(question: Question, node: Node | None) -> dict:
         "reference": question.answer,
         "correct": correct,
         "graded_by": stage,
+        **rewarded,
     }
 
 
@@ -366,7 +399,8 @@ def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
     `by_depth` has pairs per tree and the share that is ranked right, by V, by the implicit reward
     and by mean log-probability (`pair_gaps`). Pooled over the steps of all trees: `calibration` of
     (V + 1) / 2 as the chance to end correctly, its expected error, and the AUC of V for last steps
-    and the others, against the outcomes that search found.
+    and the others, against the outcomes that search found. With a --reward the chance is the mean
+    of (reward + 1) / 2 over the ends below a step.
     """
     depths = {}
     chance, value, last = [], [], []
@@ -374,11 +408,14 @@ def diagnose(trees: list[Tree], judged: list[Tree]) -> dict:
         for win, lose, _ in sibling_pairs(tree):
             gaps = pair_gaps(tree, scored, win, lose)
             depths.setdefault(len(tree.path(win)), []).append([ranked(gap) for gap in gaps])
-        for index, (right, wrong) in enumerate(zip(*outcomes_below(tree))):
-            if index and right + wrong:
-                chance.append(right / (right + wrong))
+        is_end = [node.reward is not None for node in tree.nodes]
+        shares = [(node.reward + 1) / 2 if end else 0 for node, end in zip(tree.nodes, is_end)]
+        below = zip(sums_below(tree, shares), sums_below(tree, is_end))
+        for index, (share, ends) in enumerate(below):
+            if index and ends:
+                chance.append(share / ends)
                 value.append(scored.nodes[index].value)
-                last.append(tree.nodes[index].reward is not None)
+                last.append(is_end[index])
     chance, value, last = np.array(chance), np.array(value), np.array(last, dtype=bool)
     by_depth = []
     for depth, rows in sorted(depths.items()):
@@ -484,7 +521,7 @@ def page_row(tree: Tree, tokenizer: StepTokenizer, min_gap: float = 0.0) -> dict
         "simulations": tree.simulations,
         "stopped": tree.stopped,
         "nodes": nodes,
-        "solved": any(node.reward == 1 for node in tree.nodes),
+        "solved": outcomes_below(tree)[0][0] > 0,
         "pairs": [[win, lose] for win, lose, _ in sibling_pairs(tree, min_gap=min_gap)],
         "path": preferred_path(tree),
     }
@@ -570,6 +607,7 @@ def main():
     if config.figures:
         print(show_run(Path(config.figures), use_device(source)))
         return
+    check_reward(search.reward)
     strategies = BUDGET if config.budget else config.strategy
     for strategy in strategies:
         parse_strategy(strategy)

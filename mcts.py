@@ -23,6 +23,7 @@ from data import (
     StepTokenizer,
     Tree,
     TreeNode,
+    check_reward,
     check_trees,
     fitting,
     identity_of,
@@ -67,6 +68,11 @@ class SearchConfig:
         "expansions of a tree at once: more keep the lanes busy, but choose leaves knowing less",
         least=1,
     )
+    reward: str = flag(
+        "",
+        "FILE.py:FUNCTION that scores finished solutions, function(question, text) within [-1, 1]; "
+        "empty: +1 for a right answer, else -1",
+    )
     leaf_value: bool = flag(True, "back up V of each expanded leaf; without it outcomes alone")
     max_tokens: int = flag(
         0, "tokens of a prompt and its solution, at most; 0: the model's context", least=0
@@ -85,7 +91,7 @@ def mcts(
 ) -> Generator[list[Node], list[Node] | None, tuple[int, str]]:
     """Grow a tree below `root` (AlphaMath section 3.2).
 
-    `outcome(node)` is the reward of a terminal node, +1 or -1. Returns the number of effective
+    `outcome(node)` is the reward of a terminal node, in [-1, 1]. Returns the number of effective
     simulations and why the search stopped. At most `config.in_flight` expansions are open at once:
     the engine sends None to ask for the next one before the children of the last are complete, and
     an empty list to wait is the answer if there is none.
@@ -243,7 +249,7 @@ def search_trees(
 
     def start(question: Question, root: Node):
         rng = random.Random(f"{seed} {question.id}")
-        return mcts(root, config, outcome_of(question), rng)
+        return mcts(root, config, outcome_of(question, config.reward), rng)
 
     ends = engine.run(start, label, outcomes=True)
     return (to_tree(question, root, *result) for question, root, result in ends)
@@ -267,6 +273,7 @@ def main():
     kinds = (SourceConfig, TreesConfig, SearchConfig)
     required = ("model", "data", "out")
     source, target, search = parse_args(__doc__, kinds, sys.argv[1:], required, RECIPES)
+    check_reward(search.reward)
     out = Path(target.out)
     file = out
     if world_size() > 1:
@@ -286,7 +293,7 @@ def main():
     trees = search_trees(model, tokenizer, left, search, source.seed)
     config_file = out.with_name(out.name + ".config")
     free = ("limit", "device", "dtype", *MEMORY_ONLY)
-    identity = identity_of(find_folder(source.model), [tokenizer])
+    identity = identity_of(find_folder(source.model), [tokenizer], search.reward)
     keep_config(config_file, (source, search), free, identity, write=rank() == 0)
     write_trees(file, trees)
     seconds = time.perf_counter() - begin

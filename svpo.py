@@ -63,14 +63,21 @@ class LossConfig:
 
 
 def outcomes_below(tree: Tree) -> tuple[list[int], list[int]]:
-    """For each node, the number of correct terminals at or below it, and of wrong ones."""
+    """For each node, the number of correct terminals at or below it, and of wrong ones.
+
+    A reward above 0 is correct, one below 0 wrong; 0 is neither.
+    """
     correct = [int(node.reward is not None and node.reward > 0) for node in tree.nodes]
     wrong = [int(node.reward is not None and node.reward < 0) for node in tree.nodes]
+    return sums_below(tree, correct), sums_below(tree, wrong)
+
+
+def sums_below(tree: Tree, figures: list) -> list:
+    """For each node, the sum of the figures of the nodes at or below it."""
+    sums = list(figures)
     for index in range(len(tree.nodes) - 1, 0, -1):
-        parent = tree.nodes[index].parent
-        correct[parent] += correct[index]
-        wrong[parent] += wrong[index]
-    return correct, wrong
+        sums[tree.nodes[index].parent] += sums[index]
+    return sums
 
 
 def sibling_pairs(
@@ -115,8 +122,8 @@ def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
         return statistics.fmean(tree.nodes[step].q_value for step in tree.path(index))
 
     rewards = [node.reward for node in tree.nodes]
-    correct = [index for index, reward in enumerate(rewards) if index and reward == 1.0]
-    wrong = [index for index, reward in enumerate(rewards) if index and reward == -1.0]
+    correct = [index for index, reward in enumerate(rewards) if index and (reward or 0) > 0]
+    wrong = [index for index, reward in enumerate(rewards) if index and (reward or 0) < 0]
     if not correct or not wrong:
         return []
     return [(max(correct, key=mean_q), min(wrong, key=mean_q), 1.0)]
@@ -154,10 +161,12 @@ def group_advantages(tree: Tree) -> list[tuple[float, float]]:
     """GRPO (arXiv 2402.03300 eq. 3): each sample's advantage (r - mean r) / std r on its tokens.
 
     One step on fresh samples, no KL term. Where N samples of mean reward Q share a step, their
-    advantages sum to N (Q - Q_root) / std r. Rewards are +1 or -1.
+    advantages sum to N (Q - Q_root) / std r. If all rewards are equal, the advantages are 0.
     """
     mean = tree.nodes[0].q_value
-    spread = math.sqrt(max(0.0, 1 - mean * mean))
+    squares = sum(node.visit_count * (node.reward or 0) ** 2 for node in tree.nodes)
+    variance = squares / max(1, tree.nodes[0].visit_count) - mean * mean
+    spread = math.sqrt(variance) if variance > 1e-12 else 0.0  # equal rewards, but for rounding
     found = []
     for node in tree.nodes:
         advantage = node.visit_count * (node.q_value - mean) / spread if spread else 0.0

@@ -40,6 +40,7 @@ from data import (
     StepTokenizer,
     Tree,
     TreeNode,
+    check_reward,
     check_solutions,
     check_token_ids,
     check_trees,
@@ -252,6 +253,7 @@ def main(argv: list[str] | None = None):
     configs = parse_args(__doc__, kinds, argv, recipes=(BENCHMARKS, *RECIPES))
     run, train, search, losses, answering = configs
     check_flags(run, train, losses)
+    check_reward(search.reward, run.trees)
     if run.plan:
         shape = shape_of(run)
         return print_plan(
@@ -545,7 +547,7 @@ def open_run(folder: Path, configs: tuple, job: Job, splits: dict):
         folder / "config.json",
         configs,
         free=(*FREE, *MEMORY_ONLY),
-        identity={"questions": digest(rows), **identity_of(model, tokenizers)},
+        identity={"questions": digest(rows), **identity_of(model, tokenizers, job.search.reward)},
         write=rank() == 0,
         commit=head_commit(),
     )
@@ -954,7 +956,8 @@ def sample_group(
                 step.parent = node
             node = twin or step
         node.ending = node.ending or "deep"
-        node.reward = outcome(node)
+        if node.reward is None:
+            node.reward = outcome(node)
         backup(node, node.reward)
 
 
@@ -974,7 +977,7 @@ def grow_groups(
     engine = Engine(model, tokenizer, questions, demand, search, search.search_rows, seed, fit=True)
 
     def start(question, root):
-        return sample_group(root, count, outcome_of(question))
+        return sample_group(root, count, outcome_of(question, search.reward))
 
     trees = {}
     for question, root, _ in engine.results(start):
@@ -993,7 +996,7 @@ def describe(trees: list[Tree], tokenizer: StepTokenizer, losses: LossConfig):
     rewards = [[node.reward for node in tree.nodes if node.reward is not None] for tree in trees]
     pairs = [pairs_of(tree, losses) for tree in trees]
     count = len(trees)
-    solved = 100 * sum(1 in found for found in rewards) / count
+    solved = 100 * sum(max(found, default=0) > 0 for found in rewards) / count
     figures = [f"{sum(map(len, rewards)) / count:.1f} finished solutions"]
     if OBJECTIVES[losses.objective].pairs:
         figures.append(f"{sum(map(len, pairs)) / count:.1f} pairs")

@@ -61,7 +61,7 @@ def describe(trees: list[Tree]) -> dict:
 
 
 def solved(tree: Tree) -> bool:
-    return any(node.reward == 1 for node in tree.nodes)
+    return outcomes_below(tree)[0][0] > 0
 
 
 def compare_roll_outs(

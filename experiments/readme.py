@@ -26,7 +26,7 @@ PASTED = [*PAGES, "experiments/tables.md"]
 COMMAND = r"(?:bash|python|torchrun) "
 MARK = re.compile(rf"(<!-- ({COMMAND}.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(rf"^    ({COMMAND}(?:.*\\\n)*.*)$|<!-- ({COMMAND}.*?) -->", re.MULTILINE)
-EXAMPLE = re.compile(r"`python (\w+)\.py[^`]*`[^`]*:\n\n```python\n(.*?)```", re.DOTALL)
+EXAMPLE = re.compile(r"`python [^`]*\b(\w+)\.py[^`]*`[^`]*:\n\n```python\n(.*?)```", re.DOTALL)
 
 
 def commands(text: str) -> list[str]:

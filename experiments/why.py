@@ -99,13 +99,13 @@ def open_places(trees: list[Tree]) -> list[Place]:
 
 
 def roll_out(
-    question: Question, root: Node, count: int, depth: int
+    question: Question, root: Node, count: int, depth: int, reward: str = ""
 ) -> Generator[list[Node], list[Node], list[float]]:
     """A search that returns the outcomes of `count` solutions.
 
     Those of more than `depth` steps are wrong, as they are in the search.
     """
-    outcome = outcome_of(question)
+    outcome = outcome_of(question, reward)
     solutions = yield [root] * count
     return [outcome(last) if last.depth <= depth else -1.0 for last in solutions]
 
@@ -137,7 +137,7 @@ def roll_outs(
 
     def start(question, root):
         left = search.max_depth - len(chosen[int(question.id)].path)
-        return roll_out(question, root, count, left)
+        return roll_out(question, root, count, left, search.reward)
 
     outcomes = {question.id: found for question, _, found in engine.run(start, "roll-outs")}
     rows = []

@@ -25,6 +25,11 @@ def judged(row: dict | None) -> str:
     return " +- ".join("-" if cell is None else f"{cell:.3f}" for cell in cells)
 
 
+def rewarded(row: dict) -> str:
+    """The mean of what --reward gives the answers, with its standard error."""
+    return f"{row['reward']:.2f} +- {row['reward_error']:.2f}"
+
+
 def strategy_title(name: str) -> str:
     """A strategy as it is called in tables: SBS(3,5) for beam:3,5."""
     return f"SBS({name[5:]})" if name.startswith("beam:") else name
@@ -45,19 +50,23 @@ def print_stages(rows: list[dict], title: str):
         cells = "".join(f"{percent(answer):>14}" for answer in row["answers"])
         cells += "".join(f"{judged(row.get(key)):>16}" for key in columns)
         print(f"{row['stage']:10}{cells}", flush=True)
+        if "reward" in row["answers"][0]:
+            print("  reward  " + "".join(f"{rewarded(answer):>14}" for answer in row["answers"]))
 
 
 def print_answers(answers: list[dict]):
     """One line for each strategy: its accuracy and what a question costs."""
+    extra = f"{'mean reward':>17}" if "reward" in answers[0] else ""
     print(
         f"{'strategy':14}{'accuracy %':>14}{'stated %':>10}{'sampled':>9}{'fed':>8}{'steps':>7}"
-        f"{'seconds':>9}   a question"
+        f"{'seconds':>9}   a question{extra}"
     )
     for row in answers:
         print(
             f"{row['strategy']:14}{percent(row):>14}{100 * row['stated']:>10.1f}"
             f"{row['sampled_tokens']:>9.0f}{row['fed_tokens']:>8.0f}{row['steps']:>7.1f}"
             f"{row['seconds']:>9.4f}"
+            f"{f'{rewarded(row):>30}' if extra else ''}"
         )
 
 

@@ -133,6 +133,25 @@ def test_votes_are_weighted_by_the_chance_to_be_right():
         assert answer.tokens == tokens and asked == [9], name
 
 
+def test_a_reward_also_judges_what_states_no_answer():
+    """Catches answers without a statement that are taken where nobody can grade them, and refused
+    where --reward can; a vote cannot compare them."""
+
+    def grow(parent, copy):
+        return Node(parent, [copy], -1.0, (0.9, 0.1)[copy % 2], ("eos", "answer")[copy % 2])
+
+    for name in ("greedy", "sampled", "best:2", "beam:1,2", "mcts:2", "majority:2", "vote:1,2"):
+        found = []
+        for reward in ("", "mine.py:score"):
+            chosen = parse_strategy(name, SearchConfig(reward=reward, expand_width=2))
+            search = chosen.start(Question("q", "?", "1"), Node(tokens=[9]))
+            found.append(run(search, grow)[0])
+        stated = None if name in ("greedy", "sampled") else [1]
+        votes = name in ("majority:2", "vote:1,2")
+        tokens = [node and node.tokens for node in found]
+        assert tokens == [stated, stated if votes else [0]], name
+
+
 @pytest.mark.parametrize("strategy", ["greedy", "majority:3", "weighted:3", "beam:2,2", "mcts:3"])
 def test_no_room_is_no_answer(strategy):
     """Catches a strategy that trips over the empty list that it receives where the cache has no

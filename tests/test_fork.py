@@ -8,6 +8,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import SMALL, command
 
+from data import read_trees
+
 PATH = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"  # a file beside the modules needs no such
 
 
@@ -26,12 +28,12 @@ def code_lines(code: str) -> int:
 
 
 def test_examples_are_short():
-    """Catches an extension point that has grown: at most 22 lines each, a dataset 10, a value head
-    5 beside its class line."""
-    assert len(examples("README.md")) == 3 and len(examples("docs/forks.md")) == 3
+    """Catches an extension point that has grown: at most 22 lines each, a dataset and a reward 10,
+    a value head 5 beside its class line."""
+    assert len(examples("README.md")) == 3 and len(examples("docs/forks.md")) == 4
     for code in [*examples("README.md"), *examples("docs/forks.md")]:
         assert code_lines(code) <= 22
-    assert code_lines(example('["puzzles"]')) <= 10
+    assert code_lines(example('["puzzles"]')) <= 10 and code_lines(example("def score")) <= 10
     assert code_lines(example("class ValueHead")) <= 5
 
 
@@ -102,6 +104,27 @@ def test_a_new_search(tmp_path, model_folder):
     answers = json.loads((tmp_path / "out.json").read_text())["answers"]
     assert [row["strategy"] for row in answers] == ["dfs:4", "greedy"] and answers[0]["steps"] >= 4
     assert command(*words, "--strategy", "bfs:4", cwd=tmp_path).returncode == 2
+
+
+def test_a_reward(tmp_path, model_folder):
+    """Catches a reward that the search does not use, or that does not do what its text says."""
+    (tmp_path / "short.py").write_text(example("def score"))
+    check = """
+import data, short
+question = data.Question("q", "1+1", "2")
+texts = ["1+1=2\\n#### 2", "#### 2", "#### 3", "2", "x" * 500 + " #### 2"]
+print([round(short.score(question, text), 3) for text in texts])
+"""
+    (tmp_path / "check.py").write_text(PATH + check)
+    done = command("check.py", cwd=tmp_path)
+    assert done.stdout == "[0.976, 0.988, -1, -1, 0.2]\n", done.stderr
+    words = ["--model", model_folder, "--data", "arithmetic", "--limit", "60", "--max-depth", "3"]
+    words += ["--search-temperature", "1", "--max-step-tokens", "8", "--out", "trees.jsonl"]
+    done = command(ROOT / "mcts.py", *words, "--reward", "short.py:score", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trees = read_trees(tmp_path / "trees.jsonl")
+    rewards = {node.reward for tree in trees for node in tree.nodes}
+    assert -1 in rewards and any(0.9 < reward < 1 for reward in rewards - {None}), rewards
 
 
 def test_a_new_task(tmp_path):

@@ -109,6 +109,7 @@ def test_the_script_finds_the_commands():
         "olmo",
         "puzzles",
         "ipo",
+        "short",
     }
 
 
