@@ -57,12 +57,15 @@ from tasks.grading import extract_answer, is_correct, needs_algebra
 
 @dataclass
 class Question:
-    """A question with its right answer; the worked solution, if there is one, is for SFT."""
+    """A question with its right answer; the worked solution, if there is one, is for SFT.
+
+    A solution is one text, or a list of its steps.
+    """
 
     id: str
     text: str
     answer: str
-    solution: str | None = None
+    solution: str | list[str] | None = None
 
 
 # --------------------------------------------------------------------------------- what ends a step
@@ -80,12 +83,19 @@ class StepFormat:
     delimiter: str
     split: Callable[[str], list[list[tuple[str, bool]]]] | None = None
 
-    def steps(self, solution: str) -> list[list[tuple[str, bool]]]:
-        """The steps of a worked solution; the last one has no delimiter, end-of-text follows."""
-        if self.split:
+    def steps(self, solution: str | list[str]) -> list[list[tuple[str, bool]]]:
+        """The steps of a worked solution; the last one has no delimiter, end-of-text follows.
+
+        Those of a list are steps as they are, whatever they hold.
+        """
+        if isinstance(solution, str) and self.split:
             return self.split(solution)
-        parts = [part.strip("\n") for part in solution.split(self.delimiter) if part.strip()]
-        texts = [part + self.delimiter for part in parts[:-1]] + parts[-1:]
+        if isinstance(solution, str):
+            solution = [part for part in solution.split(self.delimiter) if part.strip()]
+        parts = [part.strip("\n").removesuffix(self.delimiter) for part in solution]
+        texts = [part + self.delimiter for part in parts]
+        if parts and not self.split:
+            texts[-1] = parts[-1]
         return [[(text, True)] for text in texts]
 
     def ended(self, text: str, before: str) -> bool:
@@ -117,6 +127,8 @@ ANSWER_FIELDS = (
 )
 PLACEHOLDERS = ("proof", "notfound")  # of NuminaMath, in place of an answer
 CHOICE_FIELDS = ("options", "choices")
+# of solutions to be judged; the last one may be the reference beside a model's response
+SOLUTION_FIELDS = ("steps", "completions", "response", "completion", "output", "solution")
 ID_FIELDS = ("id", "unique_id", "question_id", "problem_id")
 LETTERED = re.compile(r"\(?([A-Za-z])\s*[).:]\s*(.*)", re.DOTALL)  # "A) 21"
 
@@ -128,11 +140,8 @@ def plain(row: dict) -> Question | None:
     (AQuA, MMLU) behind it. If no field has just the answer, it is what stands after GSM8K's mark
     ####, or what the solution states. None for a row without a question or an answer.
     """
-    row = {str(key).lower(): value for key, value in row.items()}
-    question = text_field(row, *QUESTION_FIELDS)
-    body = text_field(row, "body")
-    if question and body:
-        question = f"{body}{' ' if body[-1] in '.!?' else '. '}{question}"
+    row = in_lower_case(row)
+    question = with_body(row, *QUESTION_FIELDS)
     answer = text_field(row, *ANSWER_FIELDS)
     answer = "" if answer in PLACEHOLDERS else answer
     solution = row.get("solution")
@@ -145,8 +154,26 @@ def plain(row: dict) -> Question | None:
     choices = next(filter(None, map(row.get, CHOICE_FIELDS)), None)
     if question and answer and choices:
         question, answer = with_choices(question, choices, answer, row)
-    identity = next((str(row[key]) for key in ID_FIELDS if row.get(key) is not None), "")
-    return Question(identity, question, answer, solution) if question and answer else None
+    return Question(id_of(row), question, answer, solution) if question and answer else None
+
+
+def in_lower_case(row: dict) -> dict:
+    """A row with the names of its fields in lower case."""
+    return {str(key).lower(): value for key, value in row.items()}
+
+
+def id_of(row: dict) -> str:
+    """The id of a row; "" if it has none."""
+    return next((str(row[key]) for key in ID_FIELDS if row.get(key) is not None), "")
+
+
+def with_body(row: dict, *keys: str) -> str:
+    """The question in the first of the fields that is not empty, behind the row's "body"."""
+    question = text_field(row, *keys)
+    body = text_field(row, "body")
+    if question and body:
+        question = f"{body}{' ' if body[-1] in '.!?' else '. '}{question}"
+    return question
 
 
 def text_field(row: dict, *keys: str) -> str:
@@ -359,10 +386,14 @@ def to_question(row: dict, dataset: str, where: str, identity: str) -> Question 
     if question.solution is not None and not isinstance(question.solution, str):
         raise InputError(f"{where}: 'solution' must be text")
     question.id = question.id or identity
-    letters = question.id + question.text + question.answer + (question.solution or "")
-    if any("\ud800" <= letter <= "\udfff" for letter in letters):
-        raise InputError(f"{where}: the text contains an unpaired surrogate")
+    check_letters(question.id + question.text + question.answer + (question.solution or ""), where)
     return question
+
+
+def check_letters(text: str, where: str):
+    """Refuse half of a pair of surrogates, which no tokenizer reads."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where}: the text contains an unpaired surrogate")
 
 
 def new_id(identity: str, ids: dict[str, int]) -> str:
@@ -420,6 +451,94 @@ def load_questions(
             "pip install math-verify"
         )
     return questions
+
+
+def read_solutions(
+    file: Path, steps: StepFormat, limit: int | None = None
+) -> list[tuple[Question, int | None]]:
+    """Questions with a solution each, and its label: the index of the first wrong step.
+
+    The label is -1 if all steps are right, and None if the row has none. The `limit` first rows are
+    read. InputError names the line of a bad row; rows without a question or a solution are left
+    out, and counted aloud.
+    """
+    found = []
+    empty = []
+    for number, row in read_published(file, limit):
+        where = f"{file}, line {number}"
+        try:
+            solved = to_solution(row, steps)
+        except InputError as error:
+            raise InputError(f"{where}: {error}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: not a solution ({type(error).__name__}: {error})")
+        if solved is None:
+            empty.append(number)
+            continue
+        question, _ = solved
+        question.id = question.id or f"{file.stem}-{number}"
+        check_letters(question.id + question.text + "".join(question.solution), where)
+        found.append(solved)
+    if empty:
+        print(
+            f"{file}: {len(empty)} rows left out, without a question or a solution; the first is "
+            f"line {empty[0]}"
+        )
+    if not found:
+        fields = ", ".join(SOLUTION_FIELDS)
+        raise InputError(f"{file}: no solutions; a row needs a question and one of {fields}")
+    return found
+
+
+def to_solution(row: dict, steps: StepFormat) -> tuple[Question, int | None] | None:
+    """A row with a solution, whose text `steps` splits, and its label; None without a solution.
+
+    {"id": "7", "question": "1+1?", "solution": "1+1=2\n#### 2"}, or with a list of steps, as in
+    ProcessBench (arXiv 2412.06559), {"id": "gsm8k-0", "problem": "...", "steps": ["...", "..."],
+    "label": 1}, or in TRL, {"prompt": "...", "completions": ["...", "..."], "labels": [true,
+    false]}. A solution may also be the answer of GSM8K.
+    """
+    row = in_lower_case(row)
+    question = with_body(row, *QUESTION_FIELDS, "prompt")
+    choices = next(filter(None, map(row.get, CHOICE_FIELDS)), None)
+    if question and choices:
+        question, _ = with_choices(question, choices, "", row)
+    solution = solution_of(row)
+    count = len(steps.steps(solution)) if solution else 0
+    if not question or not count:
+        return None
+    label = label_of(row)
+    if label is not None and not -1 <= label < count:
+        raise InputError(f"the label is {label}, but the solution has {count} steps")
+    return Question(id_of(row), question, "", solution), label
+
+
+def solution_of(row: dict) -> str | list[str] | None:
+    """The solution of a row, one text or a list of its steps; None if there is none."""
+    for key in SOLUTION_FIELDS:
+        value = row.get(key)
+        texts = value if isinstance(value, list) else [value]
+        if value is None or value == [] or isinstance(value, str) and not value.strip():
+            continue
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise InputError(f"{key!r} must be text, or a list of texts of which none is blank")
+        return value
+    question = plain(row)
+    return question.solution if question else None
+
+
+def label_of(row: dict) -> int | None:
+    """The index of the first wrong step of a row's solution, or -1; None if it has no label."""
+    label, marks = row.get("label"), row.get("labels")
+    if label is None and isinstance(marks, list) and marks:
+        if not all(isinstance(mark, bool) for mark in marks):
+            raise InputError("'labels' must have true or false for each step")
+        return marks.index(False) if False in marks else -1
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if label is not None and type(label) is not int:
+        raise InputError(f"'label' must be the index of a step, or -1, not {label!r:.40}")
+    return label
 
 
 def load_splits(run) -> dict[str, list]:
@@ -703,7 +822,7 @@ class StepTokenizer:
         both = ids(anchor + text)
         return both[len(before) :] if both[: len(before)] == before else ids(text)
 
-    def encode_steps(self, solution: str) -> list[tuple[list[int], list[bool]]]:
+    def encode_steps(self, solution: str | list[str]) -> list[tuple[list[int], list[bool]]]:
         """Of each step of a worked solution its tokens, and which of them the model is to write.
 
         End-of-text, the first of `eos_ids`, ends the last step.
@@ -714,7 +833,7 @@ class StepTokenizer:
             written = []
             for text, by_model in step:
                 ids = self.encode(text)
-                self.check_ids(ids, f"a worked solution, {solution[:40]!r},")
+                self.check_ids(ids, f"a worked solution, {text[:40]!r},")
                 tokens += ids
                 written += [by_model] * len(ids)
             found.append((tokens, written))

@@ -3,6 +3,8 @@
     python eval.py --model FOLDER --data SPEC --strategy greedy weighted:5 beam:3,5 mcts:16
     python eval.py --model FOLDER --data SPEC --budget --json curve.json
                                             accuracy against sampled tokens, with a figure
+    python eval.py --model FOLDER --score FILE --json values.jsonl
+                                            V after each step of the solutions in a file
     python eval.py --show TREES             the trees of a file as a page
 
 A strategy is a generator for the engine (engine.py): it yields the nodes it wants extended,
@@ -10,6 +12,7 @@ receives their children, and returns the node that it answers with, or None.
 """
 
 import dataclasses
+import json
 import math
 import random
 import statistics
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import (
     RECIPES,
@@ -29,18 +33,22 @@ from data import (
     Tree,
     check_reward,
     check_token_ids,
+    find_source,
     fitting,
     outcome_of,
     question_files,
+    read_solutions,
     read_trees,
+    solution_tree,
 )
 from engine import Demand, Engine, Node, context_of, load_source
 from mcts import SearchConfig, demand_of, mcts, search_trees
 from model import Llama, load_model
 from support.figures import draw_budget, draw_run
-from support.files import check_output, is_plain, read_json, write_json
+from support.files import check_output, is_plain, publish, read_json, write_json
 from support.flags import InputError, flag, parse_args, run_command
 from support.page import shorten, write_page
+from support.progress import progress
 from support.ranks import (
     gather,
     join_ranks,
@@ -50,8 +58,15 @@ from support.ranks import (
     use_device,
     world_size,
 )
-from support.tables import print_answers, print_audit, print_diagnosis
-from svpo import outcomes_below, rescore, sibling_pairs, sums_below
+from support.tables import print_answers, print_audit, print_diagnosis, print_first_errors
+from svpo import (
+    PASS_TOKENS,
+    group_by_tokens,
+    outcomes_below,
+    rescore,
+    sibling_pairs,
+    sums_below,
+)
 from tasks.grading import compare_answers, extract_answer, is_correct
 
 BUDGET = (  # the strategies of --budget
@@ -474,6 +489,101 @@ def soft_auc(score: np.ndarray, chance: np.ndarray) -> float | None:
     return float((right * (wrong.cumsum() - wrong / 2)).sum() / total) if total > 0 else None
 
 
+# ------------------------------------------------------------------------------ scoring solutions
+
+
+def value_rows(
+    model: Llama,
+    tokenizer: StepTokenizer,
+    solutions: list[tuple[Question, int | None]],
+    threshold: float,
+) -> list[dict]:
+    """The values of solutions (`data.read_solutions`) as rows of JSON, each rank its share.
+
+    A row has `id`, the `steps`, `values` (V after each step), `value` (the last one), `prediction`
+    (`first_error`) and the solution's `label` if it has one. Solutions that are longer than the
+    model's context have no values.
+    """
+    trees = [solution_tree(question, tokenizer) for question, _ in solutions]
+    for tree in trees:
+        tokens = [token for node in tree.nodes[1:] for token in node.tokens]
+        if set(tokens[:-1]) & set(tokenizer.eos_ids):
+            raise InputError(
+                f"solution {tree.id}: end-of-text, or a word that the tokenizer lacks, stands in it"
+            )
+    context = model.config.max_position_embeddings
+    mine = rank_share(n for n, tree in enumerate(trees) if tree.tokens() <= context)
+    groups = group_by_tokens([trees[n] for n in mine], PASS_TOKENS)
+    found = []
+    with progress(groups, "score", len(groups), "pass") as bar:
+        for group in bar:
+            numbers = [mine[index] for index in group]
+            for n, tree in zip(numbers, rescore(model, [trees[n] for n in numbers])):
+                found.append((n, [round(node.value, 6) for node in tree.nodes[1:]]))
+    values = dict(gather(found))
+    rows = []
+    for n, (question, label) in enumerate(solutions):
+        steps = tokenizer.steps.steps(question.solution)
+        row = {"id": question.id, "steps": ["".join(text for text, _ in step) for step in steps]}
+        row |= {"values": values.get(n), "value": None, "prediction": None}
+        if n in values:
+            row |= {"value": values[n][-1], "prediction": first_error(values[n], threshold)}
+        rows.append(row if label is None else row | {"label": label})
+    return rows
+
+
+def first_error(values: list[float], threshold: float) -> int:
+    """The first step whose V is below the threshold; -1 if there is none."""
+    return next((step for step, value in enumerate(values) if value < threshold), -1)
+
+
+def first_errors(labelled: list[tuple[int, list[float]]], threshold: float) -> dict:
+    """How often V finds the first wrong step of solutions, each (label, V after each step).
+
+    ProcessBench's measure (arXiv 2412.06559): the accuracy on solutions with a wrong step, that on
+    solutions without (label -1), and F1, their harmonic mean. None where there are no solutions.
+    """
+    found = {"threshold": threshold}
+    for name, wrong in (("erroneous", True), ("correct", False)):
+        hits = [
+            first_error(values, threshold) == label
+            for label, values in labelled
+            if (label >= 0) == wrong
+        ]
+        share = statistics.fmean(hits) if hits else None
+        error = math.sqrt(share * (1 - share) / len(hits)) if hits else None
+        found[name] = {"solutions": len(hits), "accuracy": share, "standard_error": error}
+    shares = [found[name]["accuracy"] for name in ("erroneous", "correct")]
+    found["f1"] = None if None in shares else statistics.harmonic_mean(shares)
+    return found
+
+
+def best_threshold(labelled: list[tuple[int, list[float]]]) -> dict:
+    """`first_errors` at the threshold of highest F1 on the same solutions.
+
+    A wrong step is found by the thresholds above its V and not above the V of a step before it, and
+    a correct solution by those not above its lowest V. F1 changes at these values only.
+    """
+    above, up_to, lowest = [], [], []
+    for label, values in labelled:
+        before = min(values[: max(label, 0)], default=math.inf)
+        if label < 0:
+            lowest.append(min(values))
+        elif values[label] < before:
+            above.append(values[label])
+            up_to.append(before)
+    places = np.unique([*above, *up_to, *lowest])
+    places = places[np.isfinite(places)]
+    wrong = sum(label >= 0 for label, _ in labelled)
+    found = np.searchsorted(np.sort(above), places) - np.searchsorted(np.sort(up_to), places)
+    found_share = found / max(1, wrong)
+    kept_share = 1 - np.searchsorted(np.sort(lowest), places) / max(1, len(lowest))
+    f1 = 2 * found_share * kept_share / np.maximum(found_share + kept_share, 1e-9)
+    best = int(f1.argmax())
+    # between two places all thresholds are equal
+    return first_errors(labelled, float(places[max(0, best - 1) : best + 1].mean()))
+
+
 # ---------------------------------------------------------------------------------- the tree page
 
 
@@ -571,13 +681,22 @@ class EvalConfig:
     budget: bool = flag(False, "answer with every kind of strategy at several sizes instead")
     json: str = flag(
         "",
-        "write the tables and every answer to this file; the curve of --budget beside it, as .png",
+        "write the tables and every answer to this file; the curve of --budget beside it, as .png; "
+        "with --score the values",
     )
     audit: int = flag(0, "print how answers were graded, and N of each strategy's to read", least=0)
     trees: str = flag(
         "",
         "judge the steps of these trees, whose policy is the reference of the implicit reward; "
         "preferably of questions not trained on, searched with --no-leaf-value",
+    )
+    score: str = flag(
+        "",
+        "write V after each step of the solutions in this file to --json, a JSON line for each "
+        "solution, and end; needs no --data",
+    )
+    threshold: float = flag(
+        0.0, "of --score: the first step whose V is below it is taken for the first wrong one"
     )
     figures: str = flag("", "draw this run folder, RUN/figures.png, and end; needs matplotlib")
     show: str = flag(
@@ -595,18 +714,54 @@ def check_outputs(out: Path, config: EvalConfig, source: SourceConfig):
         check_output(out.with_suffix(".png"), "the chart of --json", filter(None, [*inputs, out]))
 
 
+def score_file(source: SourceConfig, config: EvalConfig):
+    """Write V after each step of the solutions of `--score`, and print F1 if they have labels."""
+    if not config.json:
+        raise InputError("--score needs --json, the file that the values are written to")
+    file, out = Path(config.score), Path(config.json)
+    check_output(out, "--json", filter(None, [file, source.prompt]))
+    if world_size() > 1:
+        join_ranks(source)
+    folder, tokenizer = find_source(source)
+    solutions = read_solutions(file, tokenizer.steps, source.limit or None)
+    model = load_model(folder, use_device(source), getattr(torch, source.dtype), source.seed)
+    rows = value_rows(model, tokenizer, solutions, config.threshold)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    on_rank_0(lambda: publish(out, lambda partial: partial.write_text(text)))
+    scored = [row for row in rows if row["values"]]
+    print(f"{out}: V of {sum(len(row['values']) for row in scored)} steps, {len(scored)} solutions")
+    if len(scored) < len(rows):
+        missing = [row["id"] for row in rows if not row["values"]]
+        print(
+            f"{len(missing)} solutions have no values, because they are longer than the model's "
+            f"context of {model.config.max_position_embeddings} tokens; the first is {missing[0]}"
+        )
+    labelled = [(row["label"], row["values"]) for row in scored if "label" in row]
+    if labelled:
+        print_first_errors(first_errors(labelled, config.threshold))
+    if {label >= 0 for label, _ in labelled} == {True, False}:
+        print_first_errors(best_threshold(labelled), "; the best threshold for these solutions")
+    leave_ranks()
+
+
+def required_flags(words: list[str]) -> tuple:
+    """The flags that a command of these words cannot do without."""
+    if any(word.startswith(("--show", "--figures")) for word in words):
+        return ()
+    return ("model",) if any(word.startswith("--score") for word in words) else ("model", "data")
+
+
 def main():
-    drawing = any(word.startswith(("--show", "--figures")) for word in sys.argv)
     kinds = (SourceConfig, EvalConfig, SearchConfig, AnswerConfig)
-    required = () if drawing else ("model", "data")
-    configs = parse_args(__doc__, kinds, sys.argv[1:], required, RECIPES)
+    words = sys.argv[1:]
+    configs = parse_args(__doc__, kinds, words, required_flags(words), RECIPES)
     source, config, search, answering = configs
     if config.show:
-        print(show_trees(Path(config.show), source.model))
-        return
+        return print(show_trees(Path(config.show), source.model))
     if config.figures:
-        print(show_run(Path(config.figures), use_device(source)))
-        return
+        return print(show_run(Path(config.figures), use_device(source)))
+    if config.score:
+        return score_file(source, config)
     check_reward(search.reward)
     strategies = BUDGET if config.budget else config.strategy
     for strategy in strategies:

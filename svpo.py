@@ -35,6 +35,8 @@ from support.files import digest, publish
 from support.flags import InputError, flag
 from support.ranks import gather, on_rank_0, rank_share
 
+PASS_TOKENS = 8192  # of a forward pass without gradients
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -421,10 +423,10 @@ def score(
 def rescore(model: Llama, trees: list[Tree], pack_tokens: int = 0) -> list[Tree]:
     """The same trees with the values and log-probabilities of this model.
 
-    `pack_tokens` bounds one forward pass; 0: 8,192.
+    `pack_tokens` bounds one forward pass; 0: PASS_TOKENS.
     """
     rescored = []
-    for group in group_by_tokens(trees, pack_tokens or 8192):
+    for group in group_by_tokens(trees, pack_tokens or PASS_TOKENS):
         chunk = [trees[index] for index in group]
         logp_M, value_E, node_M = score(model, pack(chunk))
         logp_E = step_logp(logp_M, node_M, len(value_E))

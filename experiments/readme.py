@@ -6,9 +6,9 @@
 Commands stand in indented blocks and in marks. Output is pasted between `<!-- COMMAND -->` and
 `<!-- end -->` of README.md, docs/ and experiments/tables.md: the last table that the command
 printed, its commit and its seconds. FOLDER and questions.jsonl are the first round of the first
-command and twenty questions of the task, labels.jsonl has two labelled solutions of each; --plan is
-added where a command wants eight GPUs. A command finds what those before it left. The test command
-is left to .ci/run, and the hour-long one to its reader.
+command and twenty questions of the task, labels.jsonl has two labelled solutions of each, and
+solutions.jsonl a solution; --plan is added where a command wants eight GPUs. A command finds what
+those before it left. The test command is left to .ci/run, and the hour-long one to its reader.
 """
 
 import json
@@ -59,7 +59,8 @@ def prepare(folder: Path) -> dict[str, str]:
         for label, stated in ((True, answer), (False, (answer + 1) % 7)):
             steps = {"steps": [f"1*1=1 #### {stated}"], "labels": [label]}
             labels.append({"id": str(number), **steps})
-    for name, lines in (("questions", rows), ("labels", labels)):
+    solved = [{"question": "1+2*2", "solution": "2*2=4 -> 1+4\n1+4=5 #### 5"}]
+    for name, lines in (("questions", rows), ("labels", labels), ("solutions", solved)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (clone / f"{name}.jsonl").write_text(text)
     subprocess.run(["bash", "setup.sh"], cwd=clone, check=True)

@@ -89,6 +89,19 @@ def print_audit(answers: list[dict], count: int):
             )
 
 
+def print_first_errors(found: dict, note: str = ""):
+    """How well V finds the first wrong step of solutions (eval.first_errors)."""
+
+    def share(row):
+        return f"{percent(row)} % of {row['solutions']}" if row["solutions"] else "- of 0"
+
+    f1 = "-" if found["f1"] is None else f"{100 * found['f1']:.1f}"
+    print(
+        f"threshold {found['threshold']:.8g}: F1 {f1}, right on {share(found['erroneous'])} "
+        f"solutions with a wrong step and on {share(found['correct'])} without{note}"
+    )
+
+
 def print_diagnosis(found: dict):
     """How well V judges steps, by depth, with its AUC and calibration (eval.diagnose)."""
     print(f"\n{'depth':>5}{'pairs a tree':>14}{'value':>8}{'reward':>8}{'mean logp':>11}", end="")

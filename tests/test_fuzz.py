@@ -12,7 +12,7 @@ from conftest import LONG, ROOT, tiny_config
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from data import DATASETS, load_questions, read_trees, resume_trees
+from data import DATASETS, LINES, load_questions, read_solutions, read_trees, resume_trees
 from model import Llama, read_config, save_model
 from support.flags import InputError
 from svpo import LossConfig, learn, pack
@@ -157,6 +157,14 @@ ROWS = {  # a row of each dataset
 }
 
 
+SOLVED = [
+    {"id": "gsm8k-0", "problem": "1+1?", "steps": ["a", "b"], "label": 1},
+    {"prompt": "1+1?", "completions": ["a", "b"], "labels": [True, False]},
+    {"question": "1+1?", "options": ["1", "2"], "body": "x", "response": "a\nb", "label": 0},
+    ROWS["gsm8k"],
+]
+
+
 def test_undamaged_rows_are_read(tmp_path):
     """Catches rows below that are refused before they are damaged, and so test nothing, and a
     dataset without a row."""
@@ -176,6 +184,20 @@ def test_questions(tmp_path_factory, name, named, change):
     with contextlib.suppress(InputError):
         for question in load_questions(f"{name}:{path}" if named else str(path)):
             assert isinstance(question.text, str) and isinstance(question.answer, str)
+
+
+@fuzz
+@seed(0)
+@given(st.sampled_from(SOLVED), changes)
+def test_solutions(tmp_path_factory, row, change):
+    """Catches rows of solutions that trip their reader, or whose label is of no step."""
+    path = tmp_path_factory.getbasetemp() / "solutions.jsonl"
+    damaged_file(path, row, change)
+    with contextlib.suppress(InputError):
+        for question, label in read_solutions(path, LINES):
+            steps = LINES.steps(question.solution)
+            assert isinstance(question.text, str) and steps
+            assert label is None or -1 <= label < len(steps)
 
 
 @fuzz

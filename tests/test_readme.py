@@ -25,6 +25,7 @@ COMMANDS = {  # what knows flags
     "experiments/gpu.py": [],
     "experiments/gsm8k.py": [],
     "experiments/first_run.py": [],
+    "experiments/first_errors.py": [],
     "experiments/step_speed.py": [],
 }
 OTHERS = {"--index-url", "--nproc-per-node", "--dist"}  # flags of pip, torchrun and pytest
