@@ -108,6 +108,7 @@ PARAGRAPHS = StepFormat("\n\n")
 XML = StepFormat("</step>", split_xml)
 STEP_FORMATS = {"lines": LINES, "paragraphs": PARAGRAPHS, "xml": XML}  # the values of --steps
 IN_CACHE = 2**18  # logits that a CPU samples from at once: 1 MB in float32
+BEGINNING = b'{"id": "'  # of a line of trees
 MOST_TOKENS = 2**20  # of a tree that is read from a file
 MOST_PAIRS = 2 * 10**6  # of siblings in such a tree
 
@@ -508,6 +509,9 @@ def to_solution(row: dict, steps: StepFormat) -> tuple[Question, int | None] | N
     if not question or not count:
         return None
     label = label_of(row)
+    marks = row.get("labels")
+    if row.get("label") is None and isinstance(marks, list) and len(marks) not in (0, count):
+        raise InputError(f"there are {len(marks)} labels, but the solution has {count} steps")
     if label is not None and not -1 <= label < count:
         raise InputError(f"the label is {label}, but the solution has {count} steps")
     return Question(id_of(row), question, "", solution), label
@@ -662,12 +666,23 @@ def reward_of(reward: str, question: Question, text: str) -> float:
     function, _ = load_reward(reward)
     where = f"--reward {reward}, question {question.id}"
     try:
-        value = function(question, text)
-    except Exception as error:
-        raise InputError(f"{where}: {type(error).__name__}: {error}")
+        value = function(dataclasses.replace(question), text)  # a copy, which it may change
+    except BaseException as error:
+        raise InputError(f"{where}: {described(error)}")
     if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= value <= 1:
-        raise InputError(f"{where}: it returned {value!r:.80}, not a number within [-1, 1]")
+        shown = repr(value) if type(value) in (int, float, bool, str) else type(value).__name__
+        raise InputError(f"{where}: it returned {shown:.80}, not a number within [-1, 1]")
     return float(value)
+
+
+def described(error: BaseException) -> str:
+    """What an error of code that is not ours says; requests to stop are raised again."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 @functools.cache
@@ -687,11 +702,12 @@ def load_reward(reward: str) -> tuple[Callable[[Question, str], float] | None, s
     sys.modules[module.__name__] = module  # dataclasses look for their module there
     try:
         exec(compile(content, file, "exec"), module.__dict__)
-    except Exception as error:
-        raise InputError(f"--reward {file}: {type(error).__name__}: {error}")
-    if not callable(getattr(module, name, None)):
+    except BaseException as error:
+        raise InputError(f"--reward {file}: {described(error)}")
+    function = module.__dict__.get(name)
+    if not callable(function):
         raise InputError(f"--reward {reward}: {file} has no function {name!r}")
-    return getattr(module, name), hashlib.blake2b(content, digest_size=16).hexdigest()
+    return function, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def check_reward(reward: str, trees: str = ""):
@@ -1082,10 +1098,10 @@ def node_problem(index: int, node: TreeNode) -> str:
     marks = node.sampled if isinstance(node.sampled, list) else []
     if len(marks) != len(tokens) or not all(type(mark) is bool for mark in marks):
         return "'sampled' is not true or false for each token"
-    numbers = [node.logp, node.prior, node.q_value, node.value]
-    numbers += [] if node.reward is None else [node.reward]
-    counted = type(node.visit_count) is int and node.visit_count >= 0
-    if not counted or not all(map(is_number, numbers)):
+    values = [node.q_value, node.value, *([] if node.reward is None else [node.reward])]
+    valued = all(is_number(value) and abs(value) < 1 + 1e-6 for value in values)
+    counted = type(node.visit_count) is int and 0 <= node.visit_count < 2**31
+    if not counted or not valued or not is_number(node.logp) or not is_number(node.prior):
         return "logp, prior, q_value, value, reward or visit_count is not a number that it can be"
     if node.ending is not None and not isinstance(node.ending, str):
         return "'ending' is not text"
@@ -1175,10 +1191,13 @@ def resume_trees(file: Path, rank: int = 0, ranks: int = 1) -> list[Tree]:
     for other, owner in rank_files(file).items():
         content = read_file(other)
         whole = content.rfind(b"\n") + 1
-        if owner % ranks == rank and whole < len(content):
+        found = read_trees(other, content[:whole])
+        torn = content[whole:]
+        if not torn.startswith(BEGINNING) and not BEGINNING.startswith(torn):
+            raise InputError(f"{other}: its last line is not a tree's; it is left as it is")
+        if owner % ranks == rank and torn:
             os.truncate(other, whole)
             print(f"{other}: the last line was torn and is cut off; its question is searched again")
-        found = read_trees(other, content[:whole])
         doubled = sum(tree.id in trees for tree in found)
         if doubled:
             print(f"{other}: {doubled} questions already have a tree elsewhere; keeping the first")

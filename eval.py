@@ -47,6 +47,7 @@ from model import Llama, load_model
 from support.figures import draw_budget, draw_run
 from support.files import check_output, is_plain, publish, read_json, write_json
 from support.flags import InputError, flag, parse_args, run_command
+from support.hugging_face import model_files
 from support.page import shorten, write_page
 from support.progress import progress
 from support.ranks import (
@@ -708,7 +709,8 @@ class EvalConfig:
 
 def check_outputs(out: Path, config: EvalConfig, source: SourceConfig):
     """Refuse --json where it would write over an input; the same for its chart."""
-    inputs = [*question_files(source, "test"), source.prompt, config.trees]
+    inputs = [*question_files(source, "test"), *model_files(source.model), source.prompt]
+    inputs.append(config.trees)
     check_output(out, "--json", filter(None, inputs))
     if config.budget:
         check_output(out.with_suffix(".png"), "the chart of --json", filter(None, [*inputs, out]))
@@ -719,7 +721,7 @@ def score_file(source: SourceConfig, config: EvalConfig):
     if not config.json:
         raise InputError("--score needs --json, the file that the values are written to")
     file, out = Path(config.score), Path(config.json)
-    check_output(out, "--json", filter(None, [file, source.prompt]))
+    check_output(out, "--json", filter(None, [file, source.prompt, *model_files(source.model)]))
     if world_size() > 1:
         join_ranks(source)
     folder, tokenizer = find_source(source)

@@ -27,7 +27,7 @@ from data import (
 )
 from support.files import check_output, publish
 from support.flags import InputError, flag, parse_args, run_command
-from support.hugging_face import find_folder
+from support.hugging_face import find_folder, model_files
 from svpo import OBJECTIVES, LossConfig, pairs_of
 
 
@@ -221,7 +221,7 @@ def main():
         raise InputError(f"--trees {config.trees}: no such file")
     folder = find_folder(config.model, ("*.json",))
     out = Path(config.out)
-    check_output(out, "--out", [*files, *filter(None, [config.prompt])])
+    check_output(out, "--out", [*files, *filter(None, [config.prompt]), *model_files(folder)])
     old = next(read_rows(out, 1), (0, {}))[1] if out.exists() else {}
     if old and not old.keys() & {"q_chosen", "q_values"}:
         raise InputError(f"--out {out}: holds something else than such a dataset; name another")

@@ -36,7 +36,7 @@ from engine import Demand, Engine, Node, context_of, load_source
 from model import Llama
 from support.files import check_output, hold, keep_config
 from support.flags import flag, parse_args, run_command
-from support.hugging_face import find_folder
+from support.hugging_face import find_folder, model_files
 from support.ranks import rank, world_size
 
 
@@ -278,7 +278,7 @@ def main():
     file = out
     if world_size() > 1:
         file = out.with_name(f"{out.stem}-{rank()}{out.suffix}")
-    inputs = [*question_files(source, "train"), source.prompt]
+    inputs = [*question_files(source, "train"), *model_files(source.model), source.prompt]
     for name in (file, out.with_name(out.name + ".config"), out.with_name(out.name + ".lock")):
         check_output(name, "--out", filter(None, inputs))
     model, tokenizer, questions = load_source(source, source.seed, "train")

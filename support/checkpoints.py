@@ -114,6 +114,9 @@ class PlainReader(dcp.FileSystemReader):
     def read_metadata(self, *args, **kwargs):
         content = read_file(Path(self.path) / ".metadata")
         metadata = PlainUnpickler(io.BytesIO(content)).load()
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise InputError(f"it names {stored.relative_path!r}, which is outside")
         metadata.storage_meta.load_id = self.load_id
         check_coverage(metadata)
         return metadata
@@ -140,7 +143,7 @@ def check_coverage(metadata):
             continue
         boxes = [list(zip(chunk.offsets, chunk.sizes)) for chunk in entry.chunks]
         inside = all(
-            begin >= 0 and begin + length <= size
+            begin >= 0 and length >= 0 and begin + length <= size
             for box in boxes
             for (begin, length), size in zip(box, entry.size)
         )

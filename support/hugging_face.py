@@ -152,6 +152,12 @@ def download(repository: str, files: tuple, revision: str | None = None) -> Path
         raise InputError(f"{repository}: no such folder, and the download failed: {reason}")
 
 
+def model_files(name: str | Path) -> list[Path]:
+    """The files of a local folder that are a model's; none if there is no such folder."""
+    patterns = ("config.json", INDEX, "*.safetensors", *COPIED)
+    return [file for pattern in patterns for file in Path(name).glob(pattern)] if name else []
+
+
 def copy_files(source: Path, target: Path):
     """Copy what goes with a model's weights (COPIED); what `source` lacks goes from `target`.
 

@@ -126,12 +126,16 @@ def output_tokens(tokenizer, solutions: list[str], room: list[int]) -> list[list
 def without_tags(tokenizer, printed: str) -> str:
     """What code printed, changed where its tokens would decode to a tag.
 
-    The decoded tokens count: a tokenizer that normalises makes "<" of other characters. If it
-    makes a tag of "<" and a backslash, only letters, digits and a few signs are left.
+    The decoded tokens count: a tokenizer that normalises makes "<" of other characters. Special
+    tokens among them may be shown or not, and none may end the text. If "<" with a backslash makes
+    a tag, too, only letters, digits and a few signs are left.
     """
     plain = re.sub(r"[^A-Za-z0-9\s.,:;+*/=()-]", "?", printed)
     for text in (printed, printed.replace("<", "<\\"), plain):
         ids = tokenizer.encode(text or " ")
-        if not TAG.search(tokenizer.tokenizer.decode(ids, skip_special_tokens=False)):
+        decoded = [
+            tokenizer.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (False, True)
+        ]
+        if not any(map(TAG.search, decoded)) and not set(ids) & set(tokenizer.eos_ids):
             return text
     return ""

@@ -45,6 +45,10 @@ HEADING = re.compile(  # what makes #### a heading: its words, or a title that m
 )
 LINE_END = re.compile(r"\n|</p>|</step>|</answer>|<\|")
 MARKS = 20  # the last marks of a text, those that are looked at
+CLOSED = {  # a block with its end, by that end
+    "</code>": re.compile(r"<code(?: [^<>]*)?>.*?</code>", re.DOTALL),
+    "</output>": re.compile(r"<output(?: [^<>]*)?>.*?</output>", re.DOTALL),
+}
 CODE = re.compile(r"<(code|output)(?: [^<>]*)?>.*?(</\1>|\Z)", re.DOTALL)
 BULLET = re.compile(r"\A(?:[-*•>]\s+|\d+\.\s+)+(?=\S)")
 BETWEEN_BOXES = re.compile(r"[\s$*]*(?:[,;]|\\text\{ ?, ?\})(?:\s+and\b)?[\s$*]*")
@@ -91,8 +95,13 @@ def extract_answer(text: str) -> str | None:
     are a list. What a text says while it thinks (`<think>`), code (`<code>`) and what it printed
     (`<output>`) state none.
     """
+    coded = "<code" in text or "<output" in text
+    if coded:  # before thoughts are cut off: code may print or hold the end of one
+        for end, block in CLOSED.items():
+            place = text.rfind(end) + len(end)  # behind it, looking for an end takes long
+            text = block.sub("", text[:place]) + text[place:]
     text = text.rpartition("</think>")[2]
-    if "<code" in text or "<output" in text:
+    if coded:
         text = CODE.sub("", text)
     marks = list(MARK.finditer(text))[-2 * MARKS :]
     marks = [mark for mark in marks if not is_heading(mark, text)]

@@ -65,12 +65,12 @@ ALLOWED = {
     "renameat2": (316, 276), "statx": (332, 291), "close_range": (436, 436),
     "faccessat2": (439, 439),
     # memory
-    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
+    "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
     "mremap": (25, 216), "madvise": (28, 233),
     # time and waiting
     "poll": (7,), "select": (23,), "sched_yield": (24, 124), "nanosleep": (35, 101),
     "alarm": (37,), "setitimer": (38, 103), "gettimeofday": (96, 169), "time": (201,),
-    "futex": (202, 98), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "pselect6": (270, 72), "ppoll": (271, 73),
     # the process itself
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
@@ -104,6 +104,7 @@ OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE  # the other bits speak of folders
 Instruction = tuple[int, int, int, int]
 LOAD = 0x20  # a 32-bit word of the call, by its offset in bytes
 IF_EQUAL = 0x15  # the two jumps count the instructions to skip
+IF_ANY = 0x45  # any of these bits
 RETURN = 0x06
 REFUSE = (RETURN, 0, 0, 0x50000 | errno.EPERM)  # SECCOMP_RET_ERRNO
 ALLOW = (RETURN, 0, 0, 0x7FFF0000)  # SECCOMP_RET_ALLOW
@@ -128,9 +129,19 @@ CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 MS_PRIVATE = 1 << 18
 MS_REC = 1 << 14
+MS_BIND = 1 << 12
+MS_REMOUNT = 1 << 5
+MS_NOATIME = 1 << 10
 MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 DISK = b"size=64m,nr_inodes=1000,mode=700"  # options of the folder in memory
 PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/mnt", "/media")  # folders that it may lie over
+
+# Calls that are allowed by a bit of an argument: numbers, the argument's place, the bit, and
+# whether it must be set. Shared memory would not count towards the limit, and could wake others.
+BITS = (
+    ((9, 222), 3, 1, False),  # mmap: not MAP_SHARED
+    ((202, 98), 1, 128, True),  # futex: FUTEX_PRIVATE_FLAG
+)
 
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -210,8 +221,12 @@ def private_folder() -> str:
                     file.write(text)
         call(LIBC.mount, b"none", b"/", None, MS_REC | MS_PRIVATE, None)
         call(LIBC.mount, b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, DISK)
+        # the sizes of folders in /proc say what other processes do
+        call(LIBC.mount, b"tmpfs", b"/proc", b"tmpfs", MS_NOSUID_NODEV_NOEXEC, b"mode=0")
     except OSError:
         return ""
+    # reading a file would leave its time behind; where that cannot be changed, it stays
+    LIBC.mount(None, b"/", None, MS_REMOUNT | MS_BIND | MS_NOATIME, None)
     return place
 
 
@@ -267,6 +282,10 @@ def filter_program(column: int, architecture: int) -> list[Instruction]:
         for value in values:
             checks += [(IF_EQUAL, 0, 1, value), ALLOW]
         checks.append(REFUSE)
+        program += [(IF_EQUAL, 0, len(checks), numbers[column]), *checks]
+    for numbers, place, bit, needed in BITS:
+        checks = [(LOAD, 0, 0, FIRST_ARGUMENT + 8 * place), (IF_ANY, 0, 1, bit)]
+        checks += [ALLOW, REFUSE] if needed else [REFUSE, ALLOW]
         program += [(IF_EQUAL, 0, len(checks), numbers[column]), *checks]
     return [*program, REFUSE]
 
@@ -382,9 +401,11 @@ def read_output(process: subprocess.Popen, until: float) -> tuple[bytes, str]:
     none, "time" or "output".
     """
     found = b""
+    ready = select.poll()  # select takes no descriptor above 1023
+    ready.register(process.stdout, select.POLLIN)
     while len(found) <= OUTPUT:
         left = max(0.0, until - time.monotonic())  # seconds
-        if not select.select([process.stdout], [], [], left)[0]:
+        if not ready.poll(1000 * left):
             return found, "time"
         chunk = os.read(process.stdout.fileno(), 4096)
         if not chunk:

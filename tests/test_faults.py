@@ -412,6 +412,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_silent(tmp_path, stopped):
         (lambda chunks: chunks.pop(), "do not cover"),
         (lambda chunks: chunks.append(chunks[0]), "do not cover"),
         (lambda chunks: setattr(chunks[0], "sizes", torch.Size([1, 2])), "do not cover"),
+        (lambda chunks: [setattr(one, "sizes", (-2, -3)) for one in chunks], "do not cover"),
     ],
 )
 def test_metadata_that_does_not_cover_a_tensor(change, message):

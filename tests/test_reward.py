@@ -137,7 +137,9 @@ def test_which_ends_are_scored(tmp_path):
     [
         ("return 1.5", r"question q7: it returned 1.5, not a number within \[-1, 1\]"),
         ("return float('nan')", "returned nan"),
-        ("return None", "returned None"),
+        ("return None", "returned NoneType"),
+        ("raise SystemExit(0)", "question q7: SystemExit: 0"),
+        ("raise type('E', (Exception,), {'__str__': lambda _: 1 / 0})", "question q7: E"),
         ("return True", "returned True"),
         ("return '1'", "returned '1'"),
         ("return question.text / 2", "question q7: TypeError: unsupported operand"),

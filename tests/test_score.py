@@ -105,6 +105,10 @@ def test_forms_of_files(tmp_path):
         ({"question": "1", "solution": "a", "label": "good"}, "'label' must be .*, not 'good'"),
         ({"question": "1", "solution": "a", "label": True}, "'label' must be .*, not True"),
         ({"question": "1", "steps": ["a"], "labels": [0]}, "'labels' must have true or false"),
+        (
+            {"question": "1", "steps": ["a", "b"], "labels": [True]},
+            "1 labels, but the solution has 2",
+        ),
         ({"question": "1", "solution": "\ud800"}, "unpaired surrogate"),
         ([1], "expected a JSON object"),
     ],

@@ -130,6 +130,20 @@ def test_output_cannot_hold_a_tag(xml_tokenizer, normalizer, printed, shown):
     assert extract_answer(code + text) is None and text.count("</output") == 1
 
 
+def test_output_cannot_hide_a_tag_behind_special_tokens(xml_tokenizer):
+    """Catches a special token for unknown letters, which is not shown, within a tag; and an end of
+    text that is no special token."""
+    tokenizer = xml_tokenizer.tokenizer
+    code = "<code>print('<' + chr(233) + '/output> 5')</code>"
+    (ids,) = output_tokens(xml_tokenizer, [code], [200])
+    for skip in (False, True):
+        assert tokenizer.decode(ids, skip_special_tokens=skip).count("</output>") == 1
+    tokenizer.add_tokens(["<|end|>"])
+    xml_tokenizer.eos_ids = [tokenizer.token_to_id("<|end|>")]
+    (ids,) = output_tokens(xml_tokenizer, ["<code>print('a <|end|> b')</code>"], [200])
+    assert xml_tokenizer.eos_ids[0] not in ids
+
+
 def test_a_failure_of_the_sandbox_costs_a_block(xml_tokenizer, monkeypatch, capsys):
     """Catches a search that ends because one process could not be started."""
     from tasks import code_steps
@@ -182,6 +196,8 @@ def test_tags_may_close_within_a_token():
         ("<code>\nprint('The answer is', 5 * 2)", None),
         ("<code>\n#### count\n</code>", None),
         ("<output>\n#### 3\n</output>", None),
+        ("<code>\nx = 1 # </think>\nprint('#### 5')\n</code>", None),
+        ("<think> <code> </think> The answer is 5", "5"),
         ("<output>\n3\n</output>\nFinal Answer: 4\n</p>", "4"),
     ],
 )

@@ -95,6 +95,25 @@ def test_outputs_do_not_replace_inputs(tmp_path, model_folder):
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
 
 
+def test_outputs_do_not_replace_a_model(tmp_path, model_folder):
+    """Catches results that are written over weights or a tokenizer, and a search that cuts the last
+    line off a file that is no tree file."""
+    write_rows(tmp_path / "q.jsonl", [{"question": "1+1", "answer": "2", "solution": "1+1=2"}])
+    (tmp_path / "mine.json").write_text('{"my": "results"}')
+    files = [*model_folder.iterdir(), tmp_path / "mine.json"]
+    before = {file: file.read_bytes() for file in files}
+    model = ("--model", str(model_folder))
+    data = ("--data", "q.jsonl", "--strategy", "greedy")
+    for file in (model_folder / "model.safetensors", model_folder / "tokenizer.json"):
+        for words in (data, ("--score", "q.jsonl")):
+            line = refused(str(ROOT / "eval.py"), *model, *words, "--json", str(file), cwd=tmp_path)
+            assert "this is an input" in line
+    for file in (model_folder / "tokenizer.json", tmp_path / "mine.json"):
+        line = refused(str(ROOT / "mcts.py"), *model, *data[:2], "--out", str(file), cwd=tmp_path)
+        assert "this is an input" in line or "not a tree's; it is left as it is" in line
+    assert before == {file: file.read_bytes() for file in files}
+
+
 # ------------------------------------------------------------------------------------------- shapes
 
 
@@ -159,6 +178,24 @@ def test_trees_that_are_too_large(tmp_path):
         read_trees(tmp_path / "long.jsonl")
     write_trees(tmp_path / "good.jsonl", [Tree("1", "q", "a", [root, *leaves[:1500]])])
     assert len(read_trees(tmp_path / "good.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"reward": 7}, {"q_value": -5.0}, {"value": 2}, {"visit_count": 10**400}, {"prior": "1"}],
+)
+def test_trees_with_impossible_numbers(tmp_path, change):
+    """Catches values outside [-1, 1], which a later figure or loss takes as they are."""
+    node = {"parent": 0, "tokens": [2], "reward": 1.0, **change}
+    row = {
+        "id": "1",
+        "question": "q",
+        "answer": "a",
+        "nodes": [{"parent": -1, "tokens": [1]}, node],
+    }
+    write_rows(tmp_path / "t.jsonl", [row])
+    with pytest.raises(InputError, match="line 1, node 1: .* is not a number that it can be"):
+        read_trees(tmp_path / "t.jsonl")
 
 
 LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
