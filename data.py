@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import glob
 import gzip
-import hashlib
 import json
 import os
 import random
@@ -36,6 +35,7 @@ from support.chat import answer_end, chat_template
 from support.files import (
     append,
     as_object,
+    bytes_digest,
     digest,
     is_plain,
     json_object,
@@ -508,13 +508,7 @@ def to_solution(row: dict, steps: StepFormat) -> tuple[Question, int | None] | N
     count = len(steps.steps(solution)) if solution else 0
     if not question or not count:
         return None
-    label = label_of(row)
-    marks = row.get("labels")
-    if row.get("label") is None and isinstance(marks, list) and len(marks) not in (0, count):
-        raise InputError(f"there are {len(marks)} labels, but the solution has {count} steps")
-    if label is not None and not -1 <= label < count:
-        raise InputError(f"the label is {label}, but the solution has {count} steps")
-    return Question(id_of(row), question, "", solution), label
+    return Question(id_of(row), question, "", solution), label_of(row, count)
 
 
 def solution_of(row: dict) -> str | list[str] | None:
@@ -531,17 +525,21 @@ def solution_of(row: dict) -> str | list[str] | None:
     return question.solution if question else None
 
 
-def label_of(row: dict) -> int | None:
-    """The index of the first wrong step of a row's solution, or -1; None if it has no label."""
+def label_of(row: dict, count: int) -> int | None:
+    """The index of the first wrong of `count` steps, or -1; None if the row has no label."""
     label, marks = row.get("label"), row.get("labels")
     if label is None and isinstance(marks, list) and marks:
         if not all(isinstance(mark, bool) for mark in marks):
             raise InputError("'labels' must have true or false for each step")
+        if len(marks) != count:
+            raise InputError(f"there are {len(marks)} labels, but the solution has {count} steps")
         return marks.index(False) if False in marks else -1
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if label is not None and type(label) is not int:
         raise InputError(f"'label' must be the index of a step, or -1, not {label!r:.40}")
+    if label is not None and not -1 <= label < count:
+        raise InputError(f"the label is {label}, but the solution has {count} steps")
     return label
 
 
@@ -707,7 +705,7 @@ def load_reward(reward: str) -> tuple[Callable[[Question, str], float] | None, s
     function = module.__dict__.get(name)
     if not callable(function):
         raise InputError(f"--reward {reward}: {file} has no function {name!r}")
-    return function, hashlib.blake2b(content, digest_size=16).hexdigest()
+    return function, bytes_digest(content)
 
 
 def check_reward(reward: str, trees: str = ""):

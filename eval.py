@@ -12,7 +12,6 @@ receives their children, and returns the node that it answers with, or None.
 """
 
 import dataclasses
-import json
 import math
 import random
 import statistics
@@ -45,7 +44,7 @@ from engine import Demand, Engine, Node, context_of, load_source
 from mcts import SearchConfig, demand_of, mcts, search_trees
 from model import Llama, load_model
 from support.figures import draw_budget, draw_run
-from support.files import check_output, is_plain, publish, read_json, write_json
+from support.files import check_output, is_plain, read_json, write_json, write_lines
 from support.flags import InputError, flag, parse_args, run_command
 from support.hugging_face import model_files
 from support.page import shorten, write_page
@@ -709,11 +708,11 @@ class EvalConfig:
 
 def check_outputs(out: Path, config: EvalConfig, source: SourceConfig):
     """Refuse --json where it would write over an input; the same for its chart."""
-    inputs = [*question_files(source, "test"), *model_files(source.model), source.prompt]
-    inputs.append(config.trees)
-    check_output(out, "--json", filter(None, inputs))
+    inputs = [*question_files(source, "test"), *model_files(source.model)]
+    inputs += [source.prompt, config.trees]
+    check_output(out, "--json", inputs)
     if config.budget:
-        check_output(out.with_suffix(".png"), "the chart of --json", filter(None, [*inputs, out]))
+        check_output(out.with_suffix(".png"), "the chart of --json", [*inputs, out])
 
 
 def score_file(source: SourceConfig, config: EvalConfig):
@@ -721,15 +720,14 @@ def score_file(source: SourceConfig, config: EvalConfig):
     if not config.json:
         raise InputError("--score needs --json, the file that the values are written to")
     file, out = Path(config.score), Path(config.json)
-    check_output(out, "--json", filter(None, [file, source.prompt, *model_files(source.model)]))
+    check_output(out, "--json", [file, source.prompt, *model_files(source.model)])
     if world_size() > 1:
         join_ranks(source)
     folder, tokenizer = find_source(source)
     solutions = read_solutions(file, tokenizer.steps, source.limit or None)
     model = load_model(folder, use_device(source), getattr(torch, source.dtype), source.seed)
     rows = value_rows(model, tokenizer, solutions, config.threshold)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    on_rank_0(lambda: publish(out, lambda partial: partial.write_text(text)))
+    on_rank_0(lambda: write_lines(out, rows))
     scored = [row for row in rows if row["values"]]
     print(f"{out}: V of {sum(len(row['values']) for row in scored)} steps, {len(scored)} solutions")
     if len(scored) < len(rows):

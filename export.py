@@ -7,7 +7,6 @@ would not turn into the searched tokens again are left out (docs/guide.md).
 """
 
 import itertools
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from data import (
     read_rows,
     read_trees,
 )
-from support.files import check_output, publish
+from support.files import check_output, write_lines
 from support.flags import InputError, flag, parse_args, run_command
 from support.hugging_face import find_folder, model_files
 from svpo import OBJECTIVES, LossConfig, pairs_of
@@ -221,7 +220,7 @@ def main():
         raise InputError(f"--trees {config.trees}: no such file")
     folder = find_folder(config.model, ("*.json",))
     out = Path(config.out)
-    check_output(out, "--out", [*files, *filter(None, [config.prompt]), *model_files(folder)])
+    check_output(out, "--out", [*files, config.prompt, *model_files(folder)])
     old = next(read_rows(out, 1), (0, {}))[1] if out.exists() else {}
     if old and not old.keys() & {"q_chosen", "q_values"}:
         raise InputError(f"--out {out}: holds something else than such a dataset; name another")
@@ -236,13 +235,7 @@ def main():
             f"--trees {config.trees}: nothing to write; {len(trees)} trees with {counts['rows']} "
             f"{kind}, of which {counts['retokenised']} give other tokens than were searched"
         )
-
-    def write(file: Path):
-        with open(file, "w", encoding="utf-8") as lines:
-            for row in itertools.chain([first], rows):
-                lines.write(json.dumps(row) + "\n")
-
-    publish(out, write)
+    write_lines(out, itertools.chain([first], rows))
     print_counts(config, len(trees), kind, counts)
 
 

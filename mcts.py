@@ -280,7 +280,7 @@ def main():
         file = out.with_name(f"{out.stem}-{rank()}{out.suffix}")
     inputs = [*question_files(source, "train"), *model_files(source.model), source.prompt]
     for name in (file, out.with_name(out.name + ".config"), out.with_name(out.name + ".lock")):
-        check_output(name, "--out", filter(None, inputs))
+        check_output(name, "--out", inputs)
     model, tokenizer, questions = load_source(source, source.seed, "train")
     hold(out.with_name(out.name + ".lock"))
     found = resume_trees(out, rank(), world_size())

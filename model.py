@@ -36,11 +36,11 @@ from support.config_json import FAMILIES, REQUIRED, parse_config
 from support.files import check_files, publish, write_checksums, write_json
 from support.flags import InputError
 from support.hugging_face import (
-    COPIED,
     HEAD,
     INDEX,
     WEIGHTS,
     check_tensors,
+    copied_files,
     find_folder,
     match_names,
     read_tensors,
@@ -695,8 +695,7 @@ def save_model(
         **asdict(model.config),
     }
     text = json.dumps(config, indent=1) + "\n"
-    others = [file for pattern in COPIED for file in folder.glob(pattern)]
-    files = [*others, folder / WEIGHTS, folder / HEAD, folder / INDEX]
+    files = [*copied_files(folder), folder / WEIGHTS, folder / HEAD, folder / INDEX]
     write_checksums(folder, files, **{"config.json": text})
     publish(folder / "config.json", lambda partial: partial.write_text(text))
 

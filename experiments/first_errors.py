@@ -10,7 +10,6 @@ answer are left out. eval.py then measures how well V finds that step.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from data import RECIPES, Question, SourceConfig
 from engine import load_source
 from eval import AnswerConfig, answer_questions
 from mcts import SearchConfig
-from support.files import check_output, publish
+from support.files import check_output, write_lines
 from support.flags import InputError, parse_args, run_command
 from tasks.deduction import sound
 
@@ -65,8 +64,7 @@ def main():
     rows = labelled(found["answers"], questions, Path(config.model).name)
     if not rows:
         raise InputError(f"{config.model}: none of {len(questions)} solutions states an answer")
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    publish(config.out, lambda partial: partial.write_text(text))
+    write_lines(config.out, rows)
     right = sum(row["final_answer_correct"] for row in rows)
     wrong = sum(row["label"] >= 0 for row in rows)
     print(

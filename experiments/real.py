@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parent))
 from data import load_questions
 from experiments.gsm8k import within
 from experiments.results import Table
-from support.files import head_commit, publish, read_json, write_json
+from support.files import head_commit, read_json, write_json, write_lines
 from support.flags import run_command
 
 QUESTIONS = "mawps:singleop mawps:addsub mawps:multiarith svamp:test"
@@ -99,8 +99,7 @@ def cut_questions(folder: Path, data_dir: str):
         parts[part_of(question.text)].append(row)
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("search", "valid", "test"):  # a folder that has the last one is complete
-        text = "".join(json.dumps(row) + "\n" for row in parts[part])
-        publish(folder / f"{part}.jsonl", lambda partial, text=text: partial.write_text(text))
+        write_lines(folder / f"{part}.jsonl", parts[part])
     print(", ".join(f"{part} {len(rows)}" for part, rows in parts.items()), "questions")
 
 
@@ -309,8 +308,7 @@ def collect(config) -> list[dict]:
         rows.append({"kind": "found", "name": file.stem, **read_json(file)})
     seconds = {name: piece["seconds"] for name, piece in done.items() if piece["done"]}
     rows.append({"kind": "seconds", "pieces": seconds})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    publish(config.out / "real.jsonl", lambda partial: partial.write_text(text))
+    write_lines(config.out / "real.jsonl", rows)
     return rows
 
 

@@ -34,14 +34,13 @@ from torch.distributed.checkpoint.state_dict import (
 from support.files import (
     check_files,
     is_plain,
-    json_object,
     publish,
     read_file,
-    read_text,
     sync,
     write_checksums,
 )
 from support.flags import InputError
+from support.progress import read_log
 from support.ranks import on_rank_0, rank
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
@@ -282,14 +281,6 @@ def forget(stage: Path, step: int):
         if row["stage"] != stage.name or row["step"] < step:
             kept.append(line)
     publish(log, lambda partial: partial.write_text("".join(kept)))
-
-
-def read_log(log: Path) -> list[tuple[str, dict]]:
-    """(line, object) of each whole line of log.jsonl; InputError names the line of a bad one."""
-    lines = read_text(log).splitlines(keepends=True)
-    whole = enumerate((line for line in lines if line.endswith("\n")), 1)
-    shape = {"stage": str, "step": int}
-    return [(line, json_object(line, f"{log}, line {n}", shape)) for n, line in whole]
 
 
 # --------------------------------------------------------------------------------- requests to stop

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from support.checkpoints import read_log
 from support.files import read_json
 from support.flags import InputError
+from support.progress import read_log
 from support.tables import ANSWERS
 
 

@@ -24,9 +24,14 @@ LOCKS = {}  # file -> handle of each lock that this process holds
 UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # a file system cannot do it
 
 
+def bytes_digest(content: bytes) -> str:
+    """A hash of bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def digest(value) -> str:
     """A hash of something that JSON can hold."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+    return bytes_digest(json.dumps(value).encode())
 
 
 def file_digest(file: Path) -> str:
@@ -152,11 +157,11 @@ def sync(file: Path):
 def check_output(file: Path, name: str, inputs: Iterable[str | Path] = ()):
     """Refuse to write over an input, over a link or what is no file, and into no folder.
 
-    `name` is the flag of the output, for the message.
+    `name` is the flag of the output, for the message. Inputs that are not given are empty.
     """
     if file.is_symlink() or file.exists() and not file.is_file():
         raise InputError(f"{name} {file}: a link, folder, pipe or device, which is not replaced")
-    for other in inputs:
+    for other in filter(None, inputs):
         if file.resolve() == Path(other).resolve():
             raise InputError(f"{name} {file}: this is an input, too, and is not written over")
     if not os.access(file.absolute().parent, os.W_OK):
@@ -185,11 +190,21 @@ def write_json(file: Path, value: dict, seal: bool = True):
     publish(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def write_lines(file: Path, rows: Iterable[dict]):
+    """Write a JSONL file that appears whole or not at all, a line for each row as it comes."""
+
+    def write(partial: Path):
+        with open(partial, "w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+    publish(file, write)
+
+
 def write_checksums(folder: Path, files: list[Path], **texts: str):
     """Write checksums.json: hashes of files, and of `texts` that are yet to be written."""
     sums = {str(file.relative_to(folder)): file_digest(file) for file in files}
     for name, text in texts.items():
-        sums[name] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        sums[name] = bytes_digest(text.encode())
     write_json(folder / CHECKSUMS, sums)
 
 

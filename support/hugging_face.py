@@ -152,10 +152,22 @@ def download(repository: str, files: tuple, revision: str | None = None) -> Path
         raise InputError(f"{repository}: no such folder, and the download failed: {reason}")
 
 
+def copied_files(folder: Path) -> list[Path]:
+    """What goes with the weights of a model's folder (COPIED)."""
+    return [file for pattern in COPIED for file in folder.glob(pattern)]
+
+
 def model_files(name: str | Path) -> list[Path]:
     """The files of a local folder that are a model's; none if there is no such folder."""
-    patterns = ("config.json", INDEX, "*.safetensors", *COPIED)
-    return [file for pattern in patterns for file in Path(name).glob(pattern)] if name else []
+    if not name:
+        return []
+    folder = Path(name)
+    return [
+        *folder.glob("*.safetensors"),
+        folder / INDEX,
+        folder / "config.json",
+        *copied_files(folder),
+    ]
 
 
 def copy_files(source: Path, target: Path):
@@ -163,8 +175,8 @@ def copy_files(source: Path, target: Path):
 
     Each file appears whole or not at all.
     """
-    old = {file for pattern in COPIED for file in target.glob(pattern)}
-    for file in (file for pattern in COPIED for file in source.glob(pattern)):
+    old = set(copied_files(target))
+    for file in copied_files(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         publish(copy, lambda partial, file=file: shutil.copyfile(file, partial))

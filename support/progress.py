@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.files import append, sealed
+from support.files import append, json_object, read_text, sealed
 from support.ranks import rank
 
 LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
@@ -61,3 +61,11 @@ def log_step(bar: tqdm, board, stage: Path, step: int, figures: dict[str, float]
     shown = [f"{name} {figures[name]:.3f}" for name in WATCHED if name in figures]
     shown.append(f"{figures['unique_tokens_s']:.0f} tokens/s")
     bar.set_postfix_str(", ".join(shown), refresh=False)
+
+
+def read_log(log: Path) -> list[tuple[str, dict]]:
+    """(line, object) of each whole line of log.jsonl; InputError names the line of a bad one."""
+    lines = read_text(log).splitlines(keepends=True)
+    whole = enumerate((line for line in lines if line.endswith("\n")), 1)
+    shape = {"stage": str, "step": int}
+    return [(line, json_object(line, f"{log}, line {n}", shape)) for n, line in whole]

@@ -100,9 +100,7 @@ def check_growth(tokenizer: Tokenizer, file: Path):
     for stage in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder):
         for part in parts_of(json.loads(stage.__getstate__()) if stage else {}):
             if part["type"] == "Replace":
-                pattern = part["pattern"].get(
-                    "String", ""
-                )  # a regular expression may match nothing
+                pattern = part["pattern"].get("String", "")  # a Regex may match nothing
                 growth *= max(1, (len(part["content"]) + (not pattern)) / max(1, len(pattern)))
             elif part["type"] in ("Prepend", "Strip"):
                 growth *= 1 + len(part.get("prepend", ""))

@@ -123,6 +123,13 @@ ARGUMENTS = (
     ((302, 261), 2, (0,)),
 )
 
+# Calls that are allowed by a bit of an argument: numbers, the argument's place, the bit, and
+# whether it must be set. Shared memory would not count towards the limit, and could wake others.
+BITS = (
+    ((9, 222), 3, 1, False),  # mmap: not MAP_SHARED
+    ((202, 98), 1, 128, True),  # futex: FUTEX_PRIVATE_FLAG
+)
+
 # The folder in memory (linux/sched.h, linux/mount.h): a new mount table, and a new user who may
 # change it.
 CLONE_NEWNS = 0x20000
@@ -135,13 +142,6 @@ MS_NOATIME = 1 << 10
 MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 DISK = b"size=64m,nr_inodes=1000,mode=700"  # options of the folder in memory
 PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/mnt", "/media")  # folders that it may lie over
-
-# Calls that are allowed by a bit of an argument: numbers, the argument's place, the bit, and
-# whether it must be set. Shared memory would not count towards the limit, and could wake others.
-BITS = (
-    ((9, 222), 3, 1, False),  # mmap: not MAP_SHARED
-    ((202, 98), 1, 128, True),  # futex: FUTEX_PRIVATE_FLAG
-)
 
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -20,11 +20,12 @@ from data import StepTokenizer, Tree, TreeNode, load_questions, read_trees, writ
 from model import load_model
 from support import files
 from support.chat import chat_template
-from support.checkpoints import PlainUnpickler, read_log
+from support.checkpoints import PlainUnpickler
 from support.figures import draw_accuracy
 from support.files import check_output, hold, misfit, publish, read_json, sync
 from support.flags import InputError, run_command
 from support.hugging_face import weight_files
+from support.progress import read_log
 from support.tables import STAGE
 
 # ------------------------------------------------------------------------------- pipes and devices
