@@ -61,12 +61,13 @@ ROWS = {  # row -> flags of train.py; None: worked solutions again, as many step
     "svpo": "--objective svpo",
     "no-margin": "--margin-weight 0",
     "no-squared-error": "--mse-weight 0",
-    "grpo": "--objective grpo",
+    "grpo": "--objective grpo --max-tokens 320",  # few solutions are longer, and all wait for them
 }
 RATE_OF = {"no-margin": "svpo", "no-squared-error": "svpo"}  # rows with the rate of another one
 SEEDS = {"sft-longer": 3, "rft": 3, "alphamath": 3, "svpo": 3}  # how many of a row; others: 1
 TWICE = ("rft", "svpo")  # rows with a second round
 STRATEGIES = ("greedy", "beam:1,5", "majority:5", "best:5", "beam:3,5")
+ON_GSM8K = ("sft", "sft-longer-0", "rft-0", "alphamath-0", "svpo-0")  # harder questions, greedily
 ANSWERED_IN_FULL = ("alphamath-0", "svpo-0")  # with all STRATEGIES
 BY_VOTE = ("rft-0",)  # V is not trained: greedily and by majority
 VALUED = ("alphamath", "svpo", "no-margin", "no-squared-error")  # V is trained: SBS(1,5) too
@@ -198,7 +199,7 @@ def answers(config, name: str, model: Path) -> Pieces:
         words = f"{test} --strategy {strategy} --json {results}.{strategy.replace(':', '-')}.json"
         words += f" --trees {config.out}/judged.jsonl" if strategy == "greedy" else ""
         yield f"{name} {strategy}", f"{common} {words}"
-    if name == "sft" or name.endswith("-0"):  # harder questions: the first seed only
+    if name in ON_GSM8K:
         words = f"--data gsm8k:test --strategy greedy --json {results}.gsm8k.json"
         yield f"{name} on gsm8k", f"{common} {words}"
 
