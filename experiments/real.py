@@ -45,6 +45,8 @@ SHORT = 300  # of these, in a round that is trained to choose a learning rate
 SFT = "--no-recompute --save-every 50 --rounds 0"
 FIRST = "--sft-batch 16 --sft-steps 500 --sft-lr 2e-4"  # SFT of the pretrained model
 LIMITS = "--max-depth 12 --max-step-tokens 96 --max-tokens 1024 --tree-tokens 4096"
+# no right answer of the SFT model has more tokens, and all wait for the longest one
+ANSWERING = LIMITS.replace("--max-tokens 1024", "--max-tokens 448")
 SEARCH = f"--simulations 12 --expand-width 4 {LIMITS}"
 TEMPERATURES = ("0.6", "0.8", "1.0")  # of search, to choose from
 HOT = "--search-temperature 0.8"  # chosen: most questions solved, and most pairs
@@ -192,7 +194,7 @@ def last_stage(folder: Path, row: str) -> Path:
 
 def answers(config, name: str, model: Path) -> Pieces:
     """What is measured of a model: answers to the test part and GSM8K's, and V on trees."""
-    common = f"eval.py --model {model} {LIMITS} --data-dir {config.data_dir}"
+    common = f"eval.py --model {model} {ANSWERING} --data-dir {config.data_dir}"
     results = f"{config.out}/results/{name}"
     test = f"--data {config.out}/questions/test.jsonl"
     for strategy in strategies_of(name):
@@ -231,7 +233,7 @@ def choices(config) -> Pieces:
             model = last_stage(out, row)
             yield (
                 f"choice {name} answers",
-                f"eval.py --model {model} {LIMITS} --data {config.out}/questions/valid.jsonl "
+                f"eval.py --model {model} {ANSWERING} --data {config.out}/questions/valid.jsonl "
                 f"--strategy greedy --json {config.out}/choices/{name}.json",
             )
 
