@@ -42,7 +42,10 @@ PASS_TOKENS = 8192  # of a forward pass without gradients
 class LossConfig:
     """The objective. All weights and thresholds are our choice: the paper's are unknown."""
 
-    objective: str = flag("svpo", "svpo, step-dpo, dpo (whole solutions), rft, alphamath or grpo")
+    objective: str = flag(
+        "svpo",
+        "svpo, step-dpo, dpo (solutions), dvo, rft, alphamath, tree-grpo, grpo or lambda-grpo",
+    )
     beta: float = flag(
         0.3, "strength of the reference in DPO (beta); arXiv 2409.08642: 0.3", least=0
     )
@@ -131,9 +134,9 @@ def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
     return [(max(correct, key=mean_q), min(wrong, key=mean_q), 1.0)]
 
 
-# The next four return (weight, count) of each node: the log-probabilities of its tokens enter the
+# The next six return (weight, count) of each node: the log-probabilities of its tokens enter the
 # loss `weight` times, and their number enters the divisor `count` times. The two differ in
-# `group_advantages` only, whose weights may be negative.
+# advantages only, which may be negative.
 
 
 def good_steps(tree: Tree) -> list[tuple[float, float]]:
@@ -176,9 +179,48 @@ def group_advantages(tree: Tree) -> list[tuple[float, float]]:
     return found
 
 
+def shared_advantages(tree: Tree) -> list[tuple[float, float]]:
+    """lambda-GRPO (arXiv 2509.21154): a step that N samples share counts once, not N times."""
+    advantages = zip(group_advantages(tree), tree.nodes)
+    return [(sum_of / max(1, node.visit_count), count) for (sum_of, count), node in advantages]
+
+
+def sibling_advantages(tree: Tree) -> list[tuple[float, float]]:
+    """The advantage of each visited step among its visited siblings: (Q - mean Q) / std Q.
+
+    The group within a tree of Tree-GRPO (arXiv 2509.21240); that steps with equal Q have none, and
+    that a step counts once, is our choice.
+    """
+    groups = {}
+    for index, node in enumerate(tree.nodes[1:], 1):
+        if node.visit_count:
+            groups.setdefault(node.parent, []).append(index)
+    found = [(0.0, 0.0)] * len(tree.nodes)
+    for group in groups.values():
+        q = [tree.nodes[index].q_value for index in group]
+        spread = statistics.pstdev(q)
+        if spread > 1e-6:  # equal, but for rounding
+            for index, mine in zip(group, q):
+                found[index] = ((mine - statistics.fmean(q)) / spread, 1.0)
+    return found
+
+
 def all_steps(tree: Tree) -> list[tuple[float, float]]:
     """SFT on worked solutions."""
     return [(1.0, 1.0)] * len(tree.nodes)
+
+
+# The next two return a target of each node, or None where there is none.
+
+
+def visited_q(tree: Tree) -> list[float | None]:
+    """Q of the nodes that the search has visited, the root too (AlphaMath eq. 7)."""
+    return [node.q_value if node.visit_count else None for node in tree.nodes]
+
+
+def visited_steps_q(tree: Tree) -> list[float | None]:
+    """Q of the steps that the search has visited."""
+    return [None, *visited_q(tree)[1:]]
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -207,6 +249,13 @@ def step_dpo(
     return -F.logsigmoid(beta * ((policy_win_P - ref_win_P) - (policy_lose_P - ref_lose_P)))
 
 
+def q_regression(policy_E: Tensor, ref_E: Tensor, q_E: Tensor, beta: float) -> Tensor:
+    """DVO's squared error of the implicit reward against Q, of each node (E,):
+    (beta * (log pi - log ref) - Q)^2 (arXiv 2502.13723).
+    """
+    return (beta * (policy_E - ref_E) - q_E).square()
+
+
 def value_mse(value_E: Tensor, q_E: Tensor) -> Tensor:
     """Squared error of V against the search's Q, of each node (E,) (SVPO summary; AlphaMath)."""
     return (value_E - q_E).square()
@@ -228,19 +277,32 @@ class Objective:
     pairs: Callable | None = None
     # tree -> [(weight, count)], one for each node
     likelihood: Callable | None = None
-    value: bool = False  # V learns: squared error against Q, and the margin of pairs
+    # tree -> [target], one for each node, None where there is none. V learns them by squared error,
+    # and the margin of pairs
+    value: Callable | None = None
+    # the same for the implicit reward
+    implicit: Callable | None = None
     # a pair compares the log-probabilities of whole solutions, not of one step after a prefix
     whole_solutions: bool = False
     preference: Callable = step_dpo
+    groups: bool = False  # learns from fresh groups of samples, without a search
+
+    @property
+    def reference(self) -> bool:
+        """Whether a loss compares the policy with the one that grew the trees."""
+        return bool(self.pairs or self.implicit)
 
 
 OBJECTIVES = {
-    "svpo": Objective(sibling_pairs, good_steps, value=True),
+    "svpo": Objective(sibling_pairs, good_steps, visited_q),
     "step-dpo": Objective(sibling_pairs),
     "dpo": Objective(solution_pair, whole_solutions=True),
+    "dvo": Objective(implicit=visited_steps_q),
     "rft": Objective(likelihood=correct_solutions),
-    "alphamath": Objective(likelihood=correct_solutions, value=True),
-    "grpo": Objective(likelihood=group_advantages),  # on groups of samples, without a search
+    "alphamath": Objective(likelihood=correct_solutions, value=visited_q),
+    "tree-grpo": Objective(likelihood=sibling_advantages),
+    "grpo": Objective(likelihood=group_advantages, groups=True),
+    "lambda-grpo": Objective(likelihood=shared_advantages, groups=True),
     "sft": Objective(likelihood=all_steps),  # on worked solutions
 }
 
@@ -258,7 +320,8 @@ class Lesson:
     tree: Tree  # without the steps that no loss reads
     pairs: list[tuple[int, int, float]]  # winner, loser, weight
     likelihood: list[tuple[float, float]]  # of each node: weight and count of its tokens' log pi
-    value: list[bool]  # of each node: whether V learns its Q
+    value: list[float | None]  # of each node: the target of V, if there is one
+    implicit: list[float | None]  # and of the implicit reward
     pairwise_tokens: int = 0  # what training pair by pair would feed: prefix and step, both sides
 
 
@@ -268,9 +331,12 @@ def learn(tree: Tree, config: LossConfig) -> Lesson:
     count = len(tree.nodes)
     pairs = pairs_of(tree, config)
     likelihood = objective.likelihood(tree) if objective.likelihood else [(0.0, 0.0)] * count
-    value = [objective.value and node.visit_count > 0 for node in tree.nodes]
+    value = objective.value(tree) if objective.value else [None] * count
+    implicit = objective.implicit(tree) if objective.implicit else [None] * count
     ends = [end for win, lose, _ in pairs for end in (win, lose)]
-    read = {index for index in range(count) if value[index] or likelihood[index][1] > 0}
+    read = {index for index in range(count) if likelihood[index][1] > 0}
+    read.update(index for index in range(count) if value[index] is not None)
+    read.update(index for index in range(count) if implicit[index] is not None)
     kept = {0}
     for index in read.union(ends):
         kept.update(tree.path(index))
@@ -287,6 +353,7 @@ def learn(tree: Tree, config: LossConfig) -> Lesson:
         [(place[win], place[lose], weight) for win, lose, weight in pairs],
         [likelihood[index] for index in kept],
         [value[index] for index in kept],
+        [implicit[index] for index in kept],
         sum(len(tree.nodes[step].tokens) for prefix in prefixes for step in prefix),
     )
 
@@ -443,6 +510,7 @@ def rescore(model: Llama, trees: list[Tree], pack_tokens: int = 0) -> list[Tree]
 # ------------------------------------------------------------------------------- from pack to loss
 
 COUNTS = (  # what a batch counts
+    "preferences",
     "pair_weight",
     "likelihood_tokens",
     "value_nodes",
@@ -451,7 +519,7 @@ COUNTS = (  # what a batch counts
     "pairwise_tokens",
 )
 DIVISORS = {  # the count of the whole optimizer step that divides each sum of `loss_sums`
-    "policy": "pair_weight",
+    "policy": "preferences",
     "sft": "likelihood_tokens",
     "mse": "value_nodes",
     "margin": "pair_weight",
@@ -487,14 +555,21 @@ class Batch:
         weights = [weight for lesson in lessons for weight, _ in lesson.likelihood]
         counts_E = torch.tensor([count for lesson in lessons for _, count in lesson.likelihood])
         self.weight_E = tensor(weights)  # how often the log pi of a node's tokens enters the sum
-        self.value_mask_E = tensor([float(v) for lesson in lessons for v in lesson.value])
+        value = [target for lesson in lessons for target in lesson.value]
+        implicit = [target for lesson in lessons for target in lesson.implicit]
+        self.value_mask_E = tensor([float(target is not None) for target in value])
+        self.value_target_E = tensor([target or 0.0 for target in value])
+        self.implicit_mask_E = tensor([float(target is not None) for target in implicit])
+        self.implicit_target_E = tensor([target or 0.0 for target in implicit])
         self.ref_E = tensor([node.logp for node in packed.nodes])
-        self.q_E = tensor([node.q_value for node in packed.nodes])
-        self.needed_E = counts_E > 0  # the nodes whose log pi a loss reads, on the CPU
+        # the nodes whose log pi a loss reads, on the CPU
+        self.needed_E = (counts_E > 0) | (self.implicit_mask_E.cpu() > 0)
         self.needed_E[[end for win, lose, _ in pairs for end in (win, lose)]] = True
         self.needed_E[[step for step, _ in paths]] = True
+        pair_weight = sum(weight for _, _, weight in pairs)
         self.counts = {
-            "pair_weight": sum(weight for _, _, weight in pairs),
+            "preferences": pair_weight + self.implicit_mask_E.sum().item(),
+            "pair_weight": pair_weight,
             "likelihood_tokens": counts_E[packed.node_M].sum().item(),
             "value_nodes": self.value_mask_E.sum().item(),
             "pairs": len(pairs),
@@ -529,19 +604,20 @@ def loss_sums(
     preference_P = objective.preference(
         policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta
     )
+    regression_E = q_regression(policy_E, ref_E, batch.implicit_target_E, config.beta)
     margin_P = value_margin(value_win_P, value_lose_P, config.margin)
     reward_win_P = config.beta * (policy_win_P - ref_win_P).detach()
     reward_lose_P = config.beta * (policy_lose_P - ref_lose_P).detach()
     terms = {
-        "policy": weight_P * preference_P,
+        "policy": (weight_P * preference_P).sum() + (batch.implicit_mask_E * regression_E).sum(),
         "sft": -batch.weight_E[node_M] * logp_M,
-        "mse": batch.value_mask_E * value_mse(value_E, batch.q_E),
-        "margin": objective.value * weight_P * margin_P,
+        "mse": batch.value_mask_E * value_mse(value_E, batch.value_target_E),
+        "margin": bool(objective.value) * weight_P * margin_P,
         "win_reward": weight_P * reward_win_P,
         "lose_reward": weight_P * reward_lose_P,
         "reward_accuracy": weight_P * (reward_win_P > reward_lose_P),
         "value_accuracy": weight_P * (value_win_P > value_lose_P),
-        "value_error": batch.value_mask_E * (value_E - batch.q_E).detach().abs(),
+        "value_error": batch.value_mask_E * (value_E - batch.value_target_E).detach().abs(),
     }
     return {name: term.sum() for name, term in terms.items()}
 

@@ -216,7 +216,7 @@ class TrainConfig:
     tune_epochs: int = flag(2, "passes over a round's trees", least=1)
     tune_batch: int = flag(4, "trees per step, over all ranks", least=1)
     tune_lr: float = flag(1e-5, "peak learning rate on trees", least=0)
-    group: int = flag(8, "grpo: solutions sampled of each question (G)", least=2)
+    group: int = flag(8, "grpo and lambda-grpo: solutions sampled of each question (G)", least=2)
     lora_rank: int = flag(
         0, "train adapters of this rank on all linear layers (LoRA); 0: all weights", least=0
     )
@@ -364,7 +364,7 @@ def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
         raise InputError(f"--objective {losses.objective}: there are {', '.join(names)}")
     objective = OBJECTIVES[losses.objective]
     weights = {
-        "--policy-weight": losses.policy_weight if objective.pairs else 0,
+        "--policy-weight": losses.policy_weight if objective.reference else 0,
         "--sft-weight": losses.sft_weight if objective.likelihood else 0,
         "--mse-weight": losses.mse_weight if objective.value else 0,
         "--margin-weight": losses.margin_weight if objective.value and objective.pairs else 0,
@@ -373,8 +373,10 @@ def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
         raise InputError(
             f"--objective {losses.objective}: with these weights there is nothing to learn from"
         )
-    if run.trees and losses.objective == "grpo":
-        raise InputError("--trees: grpo learns from samples of its own, not from trees")
+    if run.trees and objective.groups:
+        raise InputError(
+            f"--trees: {losses.objective} learns from samples of its own, not from trees"
+        )
     if run.trees and not rank_files(Path(run.trees)):
         raise InputError(f"--trees {run.trees}: no such file")
     if train.tensorboard and not find_spec("tensorboard"):
@@ -588,7 +590,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         losses = LossConfig("sft", sft_weight=1.0)
         batch, lr = train.sft_batch, train.sft_lr
         trees = [solution_tree(question, job.train_tokenizer) for question in questions]
-    elif losses.objective == "grpo":
+    elif OBJECTIVES[losses.objective].groups:
         trees = []  # its trees are sampled between the steps
     else:
         trees = grow_trees(job, previous, stage, questions, number)
@@ -713,7 +715,7 @@ def backward(
         dropout_ED = None
         if OBJECTIVES[losses.objective].value:
             dropout_ED = draw_dropout(group, model.config.hidden_size, seed, step).to(device)
-        if train.lora_rank and OBJECTIVES[losses.objective].pairs:
+        if train.lora_rank and OBJECTIVES[losses.objective].reference:
             add_base_reference(model, batch)
         scores = score(model, batch.packed, batch.needed_E, dropout_ED)
         sums = loss_sums(*scores, batch, losses)
@@ -742,7 +744,7 @@ def add_base_reference(model: Llama, batch: Batch):
 
 
 # padding for ranks with fewer packs: with FSDP every rank must run the same number of passes
-EMPTY = Lesson(Tree("", "", "", [TreeNode(-1, [0], [False])]), [], [(0.0, 0.0)], [False])
+EMPTY = Lesson(Tree("", "", "", [TreeNode(-1, [0], [False])]), [], [(0.0, 0.0)], [None], [None])
 
 
 def most_over_ranks(count: int) -> int:
@@ -892,8 +894,8 @@ def grow_trees(
     """Search a round's questions, each rank its share; returns the trees of all, in their order.
 
     Each tree is written as it ends, and questions that have one are not searched again. If the
-    objective has pairs, the log-probabilities are then replaced by those of the reference: one pass
-    with the policy that grew the trees. With LoRA that is done while training.
+    objective has a reference, the log-probabilities are then replaced by those of the policy that
+    grew the trees, in one pass. With LoRA that is done while training.
     """
     model = job.load(previous)
     file = stage / "trees.jsonl"
@@ -917,7 +919,7 @@ def grow_trees(
     describe(trees, job.search_tokenizer, job.losses)
     asked = zip(trees, questions)
     trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in asked]
-    if OBJECTIVES[job.losses.objective].pairs and not job.train.lora_rank:
+    if OBJECTIVES[job.losses.objective].reference and not job.train.lora_rank:
         reference = stage / "reference.safetensors"
         if job.run.dtype != "float32":
             # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats

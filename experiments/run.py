@@ -34,7 +34,7 @@ from mcts import SearchConfig, search_trees
 from support.files import append, head_commit
 from support.flags import parse_args, run_command
 from support.ranks import use_device
-from svpo import LossConfig, rescore, sibling_pairs
+from svpo import OBJECTIVES, LossConfig, rescore, sibling_pairs
 from tasks.built_in import task_tokenizer
 from tasks.deduction import sound
 from train import Job, RunConfig, TrainConfig, grow_groups, make_job, train_stage
@@ -281,7 +281,7 @@ def measure(
 def shares_trees(job: Job, flags: list[str]) -> bool:
     """Whether a cell learns from the trees that `start` has grown."""
     own_trees = flags == ["samples"] or any(flag in flags for flag in SEARCHED)
-    return job.run.rounds == 1 and job.losses.objective != "grpo" and not own_trees
+    return job.run.rounds == 1 and not OBJECTIVES[job.losses.objective].groups and not own_trees
 
 
 def train_cell(

@@ -183,7 +183,10 @@ def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, loss
             left = usable - sizes.training_weights / gpus
             room = max(1, pack_room(sizes, gpus, run, train, left))
             parts = training_memory(sizes, lengths, gpus, run, replace(train, pack_tokens=room))
-        if losses.objective == "grpo":  # an unsharded copy samples between the steps
+        if losses.objective in (
+            "grpo",
+            "lambda-grpo",
+        ):  # an unsharded copy samples between the steps
             parts["activations"] += sizes.weights
         training = parts["state"] + parts["gathered"] + parts["activations"]
         phases = {"loading": parts["loading"], "search": searching, "training": training}

@@ -24,7 +24,11 @@ from svpo import (
     learn,
     loss_sums,
     pack,
+    q_regression,
+    rescore,
     score,
+    shared_advantages,
+    sibling_advantages,
     sibling_pairs,
     solution_pair,
     step_dpo,
@@ -97,12 +101,16 @@ def test_lessons_leave_out_what_no_loss_reads():
     lesson = learn(TREE, LossConfig(min_gap=0.0))
     parents = [item.parent for item in lesson.tree.nodes]
     assert parents == [-1, 0, 0, 0, 1, 1, 2, 3]  # without node 4, which has no visit
-    assert lesson.pairs == [(1, 2, 0.5), (4, 5, 0.5)] and lesson.value == [True] * 8
+    assert lesson.pairs == [(1, 2, 0.5), (4, 5, 0.5)]
+    assert lesson.value == [0.1, 0.5, -0.5, 0.25, 1.0, -1.0, -1.0, -1.0]
+    assert lesson.implicit == [None] * 8
     assert [count for _, count in lesson.likelihood] == [0, 1, 0, 0, 1, 0, 0, 0]
     assert lesson.pairwise_tokens == (2 + 2) + (3 + 3)
     only = learn(TREE, LossConfig("step-dpo", min_gap=0.0))
     assert [item.q_value for item in only.tree.nodes] == [0.1, 0.5, -0.5, 1.0, -1.0]
-    assert not any(only.value)
+    assert only.value == [None] * 5
+    direct = learn(TREE, LossConfig("dvo"))
+    assert direct.implicit == [None, *lesson.value[1:]] and direct.value == [None] * 8
     nothing = learn(tree_of(*TREE.nodes[:5]), LossConfig("step-dpo"))
     assert len(nothing.tree.nodes) == 1 and nothing.pairs == []
 
@@ -139,8 +147,23 @@ def test_what_other_objectives_read():
     weights, counts = zip(*group_advantages(group))
     assert weights == pytest.approx([float(value) for value in wanted], abs=1e-6)
     assert counts == (4, 3, 1, 2, 1)
+    weights, _ = zip(*shared_advantages(group))  # each sample's share of a step, not their sum
+    mean = advantage[1:].mean()
+    wanted = [0, mean, advantage[0], advantage[0], advantage[3]]
+    assert weights == pytest.approx([float(value) for value in wanted], abs=1e-6)
     same = tree_of(node(-1, 1.0, 4), node(0, 1.0, 4, 1.0))
     assert group_advantages(same) == [(0, 4), (0, 4)]
+
+
+def test_advantages_among_siblings():
+    """Catches groups over several parents, unvisited steps in the mean, and a division by the
+    spread of equals."""
+    assert sibling_advantages(TREE)[5:] == [(1, 1), (-1, 1), (0, 0), (0, 0)]  # 7 and 8 are alone
+    q = torch.tensor([0.5, -0.5, 0.25])
+    wanted = (q - q.mean()) / q.std(correction=0)
+    weights, counts = zip(*sibling_advantages(TREE)[:5])
+    assert weights == pytest.approx([0, *wanted.tolist(), 0], abs=1e-6)
+    assert counts == (0, 1, 1, 1, 0)
 
 
 def test_step_dpo_closed_form():
@@ -153,7 +176,10 @@ def test_step_dpo_closed_form():
 
 
 def test_value_losses_closed_form():
-    """Catches a margin with the wrong sign, and a mean taken inside."""
+    """Catches a margin with the wrong sign, a mean taken inside, and an implicit reward without its
+    reference."""
+    implicit = q_regression(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([1.0]), 0.25)
+    assert implicit.tolist() == [0.25]
     squared = value_mse(torch.tensor([0.5, -1.0]), torch.tensor([1.0, -1.0]))
     assert squared.tolist() == [0.25, 0.0]
     margin = value_margin(torch.tensor([0.5, 0.0]), torch.tensor([-0.5, 0.25]), 0.5)
@@ -366,6 +392,48 @@ def test_grpo_gradient_is_that_of_the_samples_one_by_one(model, tokenizer):
         base += len(tree.nodes)
     ours, _ = measure(model, found, LossConfig("grpo", sft_weight=1.0))
     torch.testing.assert_close(ours, loss / tokens, atol=1e-5, rtol=1e-4)
+
+
+def direction(model, trees, config) -> torch.Tensor:
+    """The gradient of the policy, of length 1."""
+    loss, _ = measure(model, trees, config)
+    gradients = torch.autograd.grad(loss, list(model.model.parameters()))
+    return F.normalize(torch.cat([gradient.flatten() for gradient in gradients]), dim=0)
+
+
+def test_tree_grpo_is_step_dpo_while_nothing_is_learned(model):
+    """Catches advantages with the wrong sign or reference.
+
+    Where each step is right or wrong for good and the policy is the reference, the gradient of
+    Tree-GRPO within a group of siblings is that of step-DPO over all their pairs (claimed in arXiv
+    2509.21240). The preference loss then has the slope beta / 2 for every pair.
+    """
+    tree = tree_of(
+        node(-1, -0.5, 4, tokens=(1, 2)),
+        node(0, 1.0, 1, 1.0, tokens=(5, 6)),
+        node(0, -1.0, 1, -1.0, tokens=(7,)),
+        node(0, -1.0, 1, -1.0, tokens=(8, 9, 3)),
+        node(0, -1.0, 1, -1.0, tokens=(4,)),
+    )
+    [tree] = rescore(model, [tree])
+    ours = direction(model, [tree], LossConfig("tree-grpo"))
+    torch.testing.assert_close(ours, direction(model, [tree], LossConfig("step-dpo")))
+    tree.nodes[4].q_value = -0.6  # not for good: no longer the same
+    assert ours @ direction(model, [tree], LossConfig("tree-grpo")) < 0.999
+
+
+def test_dvo_against_separate_paths(model, tokenizer):
+    """Catches targets on other steps, the root among them, and a mean over something else."""
+    trees = searched(model, tokenizer)
+    nodes = [item for tree in trees for item in tree.nodes]
+    policy_E, _ = by_path(model, trees)
+    config = LossConfig("dvo", policy_weight=1.0, beta=0.1)
+    terms = []
+    for item, logp in zip(nodes, policy_E):
+        if item.parent >= 0 and item.visit_count:
+            terms.append((0.1 * (logp - item.logp) - item.q_value) ** 2)
+    loss, _ = measure(model, trees, config)
+    torch.testing.assert_close(loss, torch.stack(terms).mean(), atol=1e-5, rtol=1e-4)
 
 
 WEIGHTS = ("policy_weight", "sft_weight", "mse_weight", "margin_weight")

@@ -1,0 +1,302 @@
+"""Changes to SVPO, one at a time: what its parts are worth, and what would make it lead.
+
+    python experiments/ladder.py [--rows NAME ...] [--seeds 0 1 2] [--task deduction]
+
+Every row trains one round from the same SFT model of a seed, on the same trees, and answers the
+validation and the test questions. Rows are chosen by validation and reported by test. A row appends
+a line to experiments/ladder.jsonl; run the same command again to resume.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from data import Tree, load_questions, read_trees, write_trees
+from eval import answer_questions, sibling_accuracy
+from experiments.run import COMMON, configure, judge_proofs, start
+from mcts import search_trees
+from model import Llama
+from support.files import append, head_commit
+from support.flags import run_command
+from svpo import (
+    OBJECTIVES,
+    Objective,
+    correct_solutions,
+    outcomes_below,
+    rescore,
+    sibling_pairs,
+)
+from train import Job, train_stage
+
+STRATEGIES = ("greedy", "beam:1,5", "beam:3,5")
+CHOOSING = ("greedy", "beam:1,5")  # on validation questions
+QUESTIONS = 500  # of validation
+
+# ------------------------------------------------------------------------------ edits of the labels
+
+
+def edited(tree: Tree, q_values: list[float]) -> Tree:
+    """The tree with other Q."""
+    nodes = [dataclasses.replace(node, q_value=q) for node, q in zip(tree.nodes, q_values)]
+    return dataclasses.replace(tree, nodes=nodes)
+
+
+def outcome_labels(tree: Tree) -> Tree:
+    """Q from the rewards below alone, without V; 0 where there are none."""
+    correct, wrong = outcomes_below(tree)
+    return edited(tree, [(c - w) / max(1, c + w) for c, w in zip(correct, wrong)])
+
+
+def shrunk_labels(tree: Tree) -> Tree:
+    """Q * n / (n + 1) with n = rewards below: few rewards pull Q towards 0."""
+    correct, wrong = outcomes_below(tree)
+    return edited(tree, [(c - w) / (c + w + 1) for c, w in zip(correct, wrong)])
+
+
+def halved_labels(tree: Tree) -> Tree:
+    """Q / 2: as far from certain as an untrained V makes it."""
+    return edited(tree, [node.q_value / 2 for node in tree.nodes])
+
+
+def prover_labels(tree: Tree, tries: int = 4) -> Tree:
+    """The chance that one of `tries` solutions below is right, as Q: best-of-K as the prover."""
+    correct, wrong = outcomes_below(tree)
+    chances = [c / max(1, c + w) for c, w in zip(correct, wrong)]
+    return edited(tree, [1 - 2 * (1 - chance) ** tries for chance in chances])
+
+
+# -------------------------------------------------------------------------------- kinds of pairs
+
+Pairs = list[tuple[int, int, float]]
+
+
+def weighed(pairs: list[tuple[int, int]]) -> Pairs:
+    """Pairs with a weight of 1 for all of a tree."""
+    return [(win, lose, 1 / len(pairs)) for win, lose in sorted(set(pairs))]
+
+
+def progress_pairs(tree: Tree, _: str, min_gap: float) -> Pairs:
+    """Winners gain on their parent's Q, losers lose; Q itself may have either sign."""
+    correct, wrong = outcomes_below(tree)
+    pairs = []
+    for win, lose in visited_siblings(tree):
+        q_win, q_lose = tree.nodes[win].q_value, tree.nodes[lose].q_value
+        between = q_win > tree.nodes[tree.nodes[win].parent].q_value > q_lose
+        if between and q_win - q_lose >= min_gap and correct[win] and wrong[lose]:
+            pairs.append((win, lose))
+    return weighed(pairs)
+
+
+def visited_siblings(tree: Tree) -> list[tuple[int, int]]:
+    """Every ordered pair of visited siblings."""
+    children = {}
+    for index, node in enumerate(tree.nodes[1:], 1):
+        if node.visit_count:
+            children.setdefault(node.parent, []).append(index)
+    groups = children.values()
+    return [(a, b) for group in groups for a in group for b in group if a != b]
+
+
+def confident_pairs(tree: Tree, pairs: str, min_gap: float) -> Pairs:
+    """The usual pairs whose loser leads to the most confident wrong solution (arXiv 2509.25454)."""
+    wrong = [index for index, node in enumerate(tree.nodes) if (node.reward or 0) < 0]
+
+    def confidence(index):
+        steps = [tree.nodes[step] for step in tree.path(index)]
+        return sum(step.logp for step in steps) / max(1, sum(sum(step.sampled) for step in steps))
+
+    found = sibling_pairs(tree, pairs, min_gap)
+    for end in sorted(wrong, key=confidence, reverse=True):
+        path = set(tree.path(end))
+        chosen = [(win, lose) for win, lose, _ in found if lose in path]
+        if chosen:
+            return weighed(chosen)
+    return []
+
+
+def pairs_with_unvisited(tree: Tree, pairs: str, min_gap: float) -> Pairs:
+    """The usual pairs, and siblings that the search passed over as losers to winners of Q > 0.5."""
+    found = [(win, lose) for win, lose, _ in sibling_pairs(tree, pairs, min_gap)]
+    correct, _ = outcomes_below(tree)
+    for win, node in enumerate(tree.nodes[1:], 1):
+        if node.visit_count and node.q_value > 0.5 and correct[win]:
+            for lose, other in enumerate(tree.nodes[1:], 1):
+                if other.parent == node.parent and not other.visit_count:
+                    found.append((win, lose))
+    return weighed(found)
+
+
+def solved_sometimes(tree: Tree) -> bool:
+    """Whether 20 to 80 % of the tree's solutions are right (arXiv 2502.01456 keeps such)."""
+    correct, wrong = outcomes_below(tree)
+    return 0.2 <= correct[0] / max(1, correct[0] + wrong[0]) <= 0.8
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A change to SVPO, of flags, labels, pairs or the search."""
+
+    flags: str = ""
+    objective: Objective = OBJECTIVES["svpo"]
+    labels: Callable[[Tree], Tree] = lambda tree: tree
+    kept: Callable[[Tree], bool] = lambda tree: True  # which trees are trained on
+    outcomes_only: bool = False  # the search backs up no V
+    detached: bool = False  # V learns, but its gradient stops at the head
+
+
+SVPO = OBJECTIVES["svpo"]
+ALL_CORRECT = dataclasses.replace(SVPO, likelihood=correct_solutions)
+
+
+def objective(name: str, flags: str = "") -> Row:
+    return Row(flags, OBJECTIVES[name])
+
+
+def pairs(function: Callable) -> Row:
+    return Row(objective=dataclasses.replace(SVPO, pairs=function))
+
+
+ROWS = {
+    "svpo": Row(),
+    "rft": objective("rft"),
+    "alphamath": objective("alphamath"),
+    "grpo": objective("grpo", "--tune-epochs 1"),  # as many sampled tokens as a search
+    "lambda-grpo": objective("lambda-grpo", "--tune-epochs 1"),
+    "tree-grpo": objective("tree-grpo"),
+    "tree-grpo, lr 5e-5": objective("tree-grpo", "--tune-lr 5e-5"),
+    "dvo": objective("dvo"),
+    "dvo, lr 5e-5": objective("dvo", "--tune-lr 5e-5"),
+    "squared error 0.3": Row("--mse-weight 0.3"),
+    "squared error 0.1": Row("--mse-weight 0.1"),
+    "value 0.1": Row("--mse-weight 0.1 --margin-weight 0.05"),
+    "value detached": Row(detached=True),
+    "labels without V": Row(labels=outcome_labels),
+    "labels halved": Row(labels=halved_labels),
+    "search without V": Row(outcomes_only=True),
+    "search without V, labels shrunk": Row(outcomes_only=True, labels=shrunk_labels),
+    "search without V, labels halved": Row(outcomes_only=True, labels=halved_labels),
+    "all correct solutions": Row(objective=ALL_CORRECT),
+    "all correct, squared error 0.1": Row("--mse-weight 0.1", ALL_CORRECT),
+    "all correct, value 0.1": Row("--mse-weight 0.1 --margin-weight 0.05", ALL_CORRECT),
+    "all correct, value detached": Row(objective=ALL_CORRECT, detached=True),
+    "pairs by progress": pairs(progress_pairs),
+    "pairs by a prover": Row(labels=prover_labels),
+    "the most confident wrong leaf": pairs(confident_pairs),
+    "unvisited losers": pairs(pairs_with_unvisited),
+    "solved in 20 to 80 %": Row(kept=solved_sometimes),
+    "preference 0.2": Row("--policy-weight 0.2"),
+    "all correct, preference 0.2": Row("--policy-weight 0.2", ALL_CORRECT),
+}
+
+
+# ------------------------------------------------------------------------------------------- a cell
+
+
+@contextmanager
+def as_objective(row: Row):
+    """`--objective row` within the block; the name that flags must have is set aside."""
+    before = OBJECTIVES["svpo"]
+    forward = Llama.value
+
+    def detached(model, hidden, *dropout):
+        return forward(model, hidden.detach(), *dropout)
+
+    OBJECTIVES["row"] = row.objective
+    if row.detached:
+        Llama.value = detached
+    try:
+        yield
+    finally:
+        del OBJECTIVES["row"]
+        OBJECTIVES["svpo"] = before
+        Llama.value = forward
+
+
+def trees_of(row: Row, job: Job, base: Path, questions: list) -> Path:
+    """The file of the trees that a row learns from, before its labels are edited."""
+    if not row.outcomes_only:
+        return base / "trees.jsonl"
+    file = base / "trees-outcomes-only.jsonl"
+    if not file.exists():
+        search = dataclasses.replace(job.search, leaf_value=False)
+        model = job.load(base / "sft")
+        found = list(search_trees(model, job.train_tokenizer, questions, search, job.run.seed + 1))
+        write_trees(file, found, "w")
+    return file
+
+
+def measure(row: Row, seed: int, base: Path, folder: Path, common: list[str]) -> dict:
+    """Train a row's round from the seed's SFT model in `base`, and answer."""
+    with as_objective(row):
+        words = [*common, *row.flags.split(), "--objective", "row"]
+        job, splits = configure(seed, folder, words)
+        stage = folder / "round1"
+        stage.mkdir(parents=True)
+        questions = splits["search"][0]
+        if not row.objective.groups:
+            trees = read_trees(trees_of(row, job, base, questions))
+            trees = [row.labels(tree) for tree in trees if row.kept(tree)]
+            write_trees(stage / "trees-0.jsonl", trees, "w")
+            left = {tree.id for tree in trees}
+            splits["search"][0] = [question for question in questions if question.id in left]
+        begin = time.perf_counter()
+        train_stage(job, base / "sft", stage, splits, 1)
+        seconds = time.perf_counter() - begin
+    policy = job.load(stage)
+    valid = load_questions(f"{job.run.data}:valid", QUESTIONS)
+    found = {"training_seconds": seconds, "flags": row.flags}
+    for part, asked, strategies in (
+        ("valid", valid, CHOOSING),
+        ("test", splits["test"], STRATEGIES),
+    ):
+        for strategy in strategies:
+            settings = (strategy, job.search, job.answering, seed)
+            answered = answer_questions(policy, job.train_tokenizer, asked, *settings)
+            found.setdefault(part, {})[strategy] = answered["accuracy"]
+            if common and strategy == "greedy" and part == "test":  # deduction
+                found |= judge_proofs(answered["answers"], asked)
+    judged = rescore(policy, read_trees(base / "sft" / "valid-trees.jsonl"))
+    found["siblings"] = sibling_accuracy(judged)["accuracy"]
+    return found
+
+
+def main():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="NAME", help="these rows only")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--task", choices=("arithmetic", "deduction"), default="arithmetic")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--results", type=Path, default=HERE / "ladder.jsonl")
+    config = parser.parse_args()
+    mark = {"commit": head_commit()[:7], "task": config.task}
+    lines = config.results.read_text().splitlines() if config.results.exists() else []
+    done = {(line["task"], line["row"], line["seed"]) for line in map(json.loads, lines)}
+    kind, common = ("transfer", COMMON["transfer"]) if config.task == "deduction" else ("", [])
+    for name in config.rows or ROWS:
+        for seed in config.seeds:
+            if (config.task, name, seed) in done:
+                continue
+            base, _ = start(seed, config.out, kind, common)
+            folder = config.out / f"ladder-{config.task}-{list(ROWS).index(name)}-{seed}"
+            shutil.rmtree(folder, ignore_errors=True)
+            found = measure(ROWS[name], seed, base, folder, common)
+            append(config.results, json.dumps({"row": name, "seed": seed, **mark, **found}) + "\n")
+            print(name, seed, found, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
