@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -337,25 +337,36 @@ def learn(tree: Tree, config: LossConfig) -> Lesson:
     read = {index for index in range(count) if likelihood[index][1] > 0}
     read.update(index for index in range(count) if value[index] is not None)
     read.update(index for index in range(count) if implicit[index] is not None)
-    kept = {0}
-    for index in read.union(ends):
-        kept.update(tree.path(index))
-    kept = sorted(kept)
+    kept = with_ancestors(tree, read.union(ends))
     place = {index: new for new, index in enumerate(kept)}
-    place[-1] = -1  # the parent of the root
-    nodes = []
-    for index in kept:
-        node = tree.nodes[index]
-        nodes.append(dataclasses.replace(node, parent=place[node.parent]))
     prefixes = [[0, *tree.path(end)] for end in ends]
     return Lesson(
-        dataclasses.replace(tree, nodes=nodes),
+        only(tree, kept),
         [(place[win], place[lose], weight) for win, lose, weight in pairs],
         [likelihood[index] for index in kept],
         [value[index] for index in kept],
         [implicit[index] for index in kept],
         sum(len(tree.nodes[step].tokens) for prefix in prefixes for step in prefix),
     )
+
+
+def with_ancestors(tree: Tree, indices: Iterable[int]) -> list[int]:
+    """The root, these nodes and all nodes on the paths to them, in order."""
+    kept = {0}
+    for index in indices:
+        kept.update(tree.path(index))
+    return sorted(kept)
+
+
+def only(tree: Tree, kept: list[int]) -> Tree:
+    """The tree without the nodes that are not `kept`, which hold the parents of each."""
+    place = {index: new for new, index in enumerate(kept)}
+    place[-1] = -1  # the parent of the root
+    nodes = []
+    for index in kept:
+        node = tree.nodes[index]
+        nodes.append(dataclasses.replace(node, parent=place[node.parent]))
+    return dataclasses.replace(tree, nodes=nodes)
 
 
 # ---------------------------------------------------------------------------------------- packing
@@ -655,24 +666,38 @@ def fingerprints(model: Llama, trees: list[Tree]) -> dict[str, str]:
     return {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
 
 
-def add_reference(model: Llama, trees: list[Tree], file: Path, pack_tokens: int = 0):
-    """Set the nodes' log-probabilities to those of the policy, before it is trained.
+def compared(tree: Tree, losses: LossConfig) -> list[int]:
+    """The nodes whose log pi a loss compares with the reference's, and those before them."""
+    ends = [end for win, lose, _ in pairs_of(tree, losses) for end in (win, lose)]
+    implicit = OBJECTIVES[losses.objective].implicit
+    targets = implicit(tree) if implicit else []
+    ends += [index for index, target in enumerate(targets) if target is not None]
+    return with_ancestors(tree, ends)
+
+
+def add_reference(
+    model: Llama, trees: list[Tree], losses: LossConfig, file: Path, pack_tokens: int = 0
+):
+    """Set the log-probabilities of `compared` nodes to those of the policy, before it is trained.
 
     They are read from `file`, or computed by one pass (`rescore`, each rank its share) and kept
-    there with fingerprints of the weights and trees. InputError if the file belongs to others.
+    there with fingerprints of weights, trees and nodes. InputError if the file belongs to others.
     """
-    marks = fingerprints(model, trees)
+    kept = [compared(tree, losses) for tree in trees]
+    read = [(tree, indices) for tree, indices in zip(trees, kept) if len(indices) > 1]
+    nodes = [tree.nodes[index] for tree, indices in read for index in indices]
+    marks = {**fingerprints(model, trees), "nodes": digest(kept)}
     if file.exists():
-        logp = read_reference(file, marks, sum(len(tree.nodes) for tree in trees))
+        logp = read_reference(file, marks, len(nodes))
     else:
-        numbers = rank_share(range(len(trees)))
-        rescored = rescore(model, rank_share(trees), pack_tokens)
+        parts = [only(tree, indices) for tree, indices in read]
+        numbers = rank_share(range(len(parts)))
+        rescored = rescore(model, rank_share(parts), pack_tokens)
         mine = [(n, [node.logp for node in tree.nodes]) for n, tree in zip(numbers, rescored)]
         logp = [value for _, values in sorted(gather(mine)) for value in values]
         tensors = {"logp": torch.tensor(logp)}
         marks["logp"] = digest(tensors["logp"].tolist())
         on_rank_0(lambda: publish(file, lambda partial: save_file(tensors, partial, marks)))
-    nodes = [node for tree in trees for node in tree.nodes]
     for node, value in zip(nodes, logp):
         node.logp = value
 
@@ -685,7 +710,7 @@ def read_reference(file: Path, marks: dict[str, str], nodes: int) -> list[float]
             logp = stored.get_tensor("logp").tolist()
     except SafetensorError as error:
         raise InputError(f"{file}: not readable ({error}); delete it to have it computed again")
-    if len(logp) != nodes or found.get("logp") != digest(logp):
+    if found.get("logp") != digest(logp):
         raise InputError(f"{file}: damaged; delete it to have it computed again")
     for name, mark in marks.items():
         if found.get(name) != mark:
@@ -693,4 +718,6 @@ def read_reference(file: Path, marks: dict[str, str], nodes: int) -> list[float]
                 f"{file} was computed with other {name} ({found.get(name)}, not {mark}); delete it "
                 "to have it computed again"
             )
+    if len(logp) != nodes:
+        raise InputError(f"{file}: {len(logp)} log-probabilities, not {nodes}; delete it")
     return logp

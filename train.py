@@ -143,6 +143,7 @@ FREE = (  # fields that may change on an existing run: memory, speed, rounding a
     "recompute",
     "pack_tokens",
     "answer_lanes",
+    "reference",
 )
 PLANNED_PROMPT = 512  # tokens: the longest prompt that a plan counts with
 DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
@@ -185,6 +186,11 @@ class RunConfig(SourceConfig):
         "",
         "trees of the first round, written by mcts.py with --model or by you (docs/trees.md); only "
         "questions without a tree there are searched",
+    )
+    reference: str = flag(
+        "",
+        "file of the reference's log-probabilities of --trees, for runs that share them: the first "
+        "one writes it; empty: reference.safetensors in the round's folder",
     )
     save_dtype: str = flag(
         "",
@@ -379,6 +385,8 @@ def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
         )
     if run.trees and not rank_files(Path(run.trees)):
         raise InputError(f"--trees {run.trees}: no such file")
+    if run.reference and not run.trees:
+        raise InputError("--reference goes with --trees, whose log-probabilities it holds")
     if train.tensorboard and not find_spec("tensorboard"):
         raise InputError(
             "--tensorboard needs a package that is not installed: pip install tensorboard"
@@ -921,11 +929,13 @@ def grow_trees(
     trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in asked]
     if OBJECTIVES[job.losses.objective].reference and not job.train.lora_rank:
         reference = stage / "reference.safetensors"
+        if number == 1 and job.run.reference:
+            reference = Path(job.run.reference)
         if job.run.dtype != "float32":
             # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
             del model
             model = job.load(previous, "float32")
-        add_reference(model, trees, reference, job.train.pack_tokens)
+        add_reference(model, trees, job.losses, reference, job.train.pack_tokens)
     return trees
 
 

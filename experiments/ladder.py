@@ -1,19 +1,25 @@
 """Changes to SVPO, one at a time: what its parts are worth, and what would make it lead.
 
     python experiments/ladder.py [--rows NAME ...] [--seeds 0 1 2] [--task deduction]
+    python experiments/ladder.py --answers --rows NAME ...      other ways to answer, of models
+    python experiments/ladder.py --gradients                    how alike objectives' gradients are
 
 Every row trains one round from the same SFT model of a seed, on the same trees, and answers the
 validation and the test questions. Rows are chosen by validation and reported by test. A row appends
 a line to experiments/ladder.jsonl; run the same command again to resume.
+
+Dimension key: E nodes of a pack.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +27,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from data import Tree, load_questions, read_trees, write_trees
-from eval import answer_questions, sibling_accuracy
+from engine import Node
+from eval import STRATEGIES, answer_questions, beam_strategy, best_value, sibling_accuracy
 from experiments.run import COMMON, configure, judge_proofs, start
 from mcts import search_trees
 from model import Llama
@@ -30,15 +41,22 @@ from support.files import append, head_commit
 from support.flags import run_command
 from svpo import (
     OBJECTIVES,
+    Batch,
+    LossConfig,
     Objective,
     correct_solutions,
+    group_by_tokens,
+    learn,
+    loss_sums,
     outcomes_below,
     rescore,
+    score,
     sibling_pairs,
+    total_loss,
 )
-from train import Job, train_stage
+from train import DROPOUT, Job, train_stage
 
-STRATEGIES = ("greedy", "beam:1,5", "beam:3,5")
+REPORTED = ("greedy", "beam:1,5", "beam:3,5")  # on test questions
 CHOOSING = ("greedy", "beam:1,5")  # on validation questions
 QUESTIONS = 500  # of validation
 
@@ -260,7 +278,7 @@ def measure(row: Row, seed: int, base: Path, folder: Path, common: list[str]) ->
     found = {"training_seconds": seconds, "flags": row.flags}
     for part, asked, strategies in (
         ("valid", valid, CHOOSING),
-        ("test", splits["test"], STRATEGIES),
+        ("test", splits["test"], REPORTED),
     ):
         for strategy in strategies:
             settings = (strategy, job.search, job.answering, seed)
@@ -273,29 +291,175 @@ def measure(row: Row, seed: int, base: Path, folder: Path, common: list[str]) ->
     return found
 
 
+# ----------------------------------------------------------------------- other ways to answer
+
+
+def judged_by(search: Generator, score: Callable[[Node], float]) -> Generator:
+    """A strategy's search of one question, in which `score` takes the place of V."""
+    asked = next(search)
+    while True:
+        children = yield asked
+        for child in children:
+            child.value = score(child)
+        try:
+            asked = search.send(children)
+        except StopIteration as end:
+            return end.value
+
+
+def with_likelihood(weight: float) -> Callable:
+    """SBS(B1, B2) by V + weight * mean log-probability of the step's tokens."""
+
+    def make(numbers, search, temperature):
+        beam = beam_strategy(*numbers, search, temperature, best_value)
+
+        def score(node):
+            return node.value + weight * node.logp / max(1, len(node.tokens))
+
+        return dataclasses.replace(beam, start=lambda *one: judged_by(beam.start(*one), score))
+
+    return make
+
+
+STRATEGIES |= {f"likely{weight}": with_likelihood(weight) for weight in (0.3, 1, 3)}
+VALUE = Llama.value
+
+
+def mean_of_dropout(model: Llama, hidden: Tensor, dropout: Tensor | None = None) -> Tensor:
+    """V as the mean over eight draws of the dropout that the head was trained with."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(8):
+        kept = torch.rand(hidden.shape[-1], generator=random).ge(DROPOUT) / (1 - DROPOUT)
+        found.append(VALUE(model, hidden, kept))
+    return torch.stack(found).mean(0)
+
+
+WAYS = {  # way -> strategy, and the function that V is
+    "greedy": ("greedy", VALUE),
+    "SBS(1,5)": ("beam:1,5", VALUE),
+    "SBS(1,5), mean of dropout": ("beam:1,5", mean_of_dropout),
+    "SBS(1,5), V + 0.3 log pi": ("likely0.3:1,5", VALUE),
+    "SBS(1,5), V + log pi": ("likely1:1,5", VALUE),
+    "SBS(1,5), V + 3 log pi": ("likely3:1,5", VALUE),
+    "SBS(3,5)": ("beam:3,5", VALUE),
+    "SBS(3,5), vote": ("vote:3,5", VALUE),
+    "best of 15": ("best:15", VALUE),
+    "vote of 15": ("weighted:15", VALUE),
+    "majority of 15": ("majority:15", VALUE),
+}
+
+
+def answer_ways(job: Job, stage: Path, questions: dict[str, list]) -> Iterator[dict]:
+    """Accuracy of every way to answer, on each part."""
+    policy = job.load(stage)
+    for way, (strategy, value) in WAYS.items():
+        found = {"way": way}
+        Llama.value = value
+        for part, asked in questions.items():
+            settings = (strategy, job.search, job.answering, job.run.seed)
+            answered = answer_questions(policy, job.train_tokenizer, asked, *settings)
+            found[part] = answered["accuracy"]
+            found["sampled_tokens"] = answered["sampled_tokens"]
+        Llama.value = VALUE
+        yield found
+
+
+# -------------------------------------------------------------------------------------- gradients
+
+COMPARED = {  # name -> the objective, with one term only
+    "step-dpo": LossConfig("step-dpo"),
+    "step-dpo, any gap": LossConfig("step-dpo", min_gap=0),
+    "tree-grpo": LossConfig("tree-grpo"),
+    "dvo": LossConfig("dvo"),
+    "rft": LossConfig("rft"),
+    "good steps": LossConfig(policy_weight=0, mse_weight=0, margin_weight=0),
+    "value": LossConfig(policy_weight=0, sft_weight=0, margin_weight=0),
+    "margin": LossConfig(policy_weight=0, sft_weight=0, mse_weight=0),
+}
+TREES = 200  # that gradients are taken on
+
+
+def gradient(model: Llama, trees: list[Tree], losses: LossConfig) -> Tensor:
+    """The gradient of the trunk, flat."""
+    batches = []
+    for group in group_by_tokens(trees, 8192):
+        batches.append(Batch([learn(trees[index], losses) for index in group], losses))
+    counts = Counter()
+    for batch in batches:
+        counts.update(batch.counts)
+    model.zero_grad()
+    for batch in batches:
+        sums = loss_sums(*score(model, batch.packed, batch.needed_E), batch, losses)
+        total_loss(sums, counts, losses).backward()
+    return torch.cat([one.grad.flatten() for one in model.model.parameters()])
+
+
+def cosines(model: Llama, trees: list[Tree]) -> dict[str, float]:
+    """The cosine of every two of COMPARED."""
+    found = {name: gradient(model, trees, losses) for name, losses in COMPARED.items()}
+    pairs = itertools.combinations(found, 2)
+    return {f"{a} / {b}": F.cosine_similarity(found[a], found[b], 0).item() for a, b in pairs}
+
+
+def gradients(seed: int, base: Path, trained: Path, job: Job) -> Iterator[dict]:
+    """How alike the gradients are for the policy that grew the trees, and after a round of svpo."""
+    trees = read_trees(base / "trees.jsonl")[:TREES]
+    start = job.load(base / "sft")
+    trees = rescore(start, trees)
+    yield {"model": "sft", "cosines": cosines(start, trees)}
+    yield {"model": "svpo", "cosines": cosines(job.load(trained), trees)}
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def folder_of(out: Path, task: str, name: str, seed: int) -> Path:
+    return out / f"ladder-{task}-{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+
+def lines_of(config, name: str, seed: int) -> Iterator[dict]:
+    """What a row measures of a seed."""
+    kind, common = ("transfer", COMMON["transfer"]) if config.task == "deduction" else ("", [])
+    base, _ = start(seed, config.out, kind, common)
+    folder = folder_of(config.out, config.task, name, seed)
+    job, splits = configure(seed, folder, common)
+    if config.answers:
+        valid = load_questions(f"{job.run.data}:valid", QUESTIONS)
+        yield from answer_ways(job, folder / "round1", {"valid": valid, "test": splits["test"]})
+    elif config.gradients:
+        yield from gradients(seed, base, folder / "round1", job)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        yield measure(ROWS[name], seed, base, folder, common)
+
+
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="NAME", help="these rows only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--task", choices=("arithmetic", "deduction"), default="arithmetic")
+    parser.add_argument("--answers", action="store_true", help="answer in all WAYS")
+    parser.add_argument("--gradients", action="store_true", help="of SFT and of row svpo")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--results", type=Path, default=HERE / "ladder.jsonl")
     config = parser.parse_args()
-    mark = {"commit": head_commit()[:7], "task": config.task}
+    kind = "answers" if config.answers else "gradients" if config.gradients else "row"
+    mark = {"kind": kind, "task": config.task, "commit": head_commit()[:7]}
     lines = config.results.read_text().splitlines() if config.results.exists() else []
-    done = {(line["task"], line["row"], line["seed"]) for line in map(json.loads, lines)}
-    kind, common = ("transfer", COMMON["transfer"]) if config.task == "deduction" else ("", [])
-    for name in config.rows or ROWS:
+    lines = map(json.loads, lines)
+    done = {(line["kind"], line["task"], line["row"], line["seed"]) for line in lines}
+    names = ["svpo"] if config.gradients else config.rows or ROWS
+    for name in names:
         for seed in config.seeds:
-            if (config.task, name, seed) in done:
+            if (kind, config.task, name, seed) in done:
                 continue
-            base, _ = start(seed, config.out, kind, common)
-            folder = config.out / f"ladder-{config.task}-{list(ROWS).index(name)}-{seed}"
-            shutil.rmtree(folder, ignore_errors=True)
-            found = measure(ROWS[name], seed, base, folder, common)
-            append(config.results, json.dumps({"row": name, "seed": seed, **mark, **found}) + "\n")
-            print(name, seed, found, flush=True)
+            found = list(lines_of(config, name, seed))
+            for line in found:
+                line = {"row": name, "seed": seed, **mark, **line}
+                append(config.results, json.dumps(line) + "\n")
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

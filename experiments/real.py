@@ -183,6 +183,8 @@ def round_command(
         words = f"{data} {FEW} {SEARCH} {HOT} {TUNE} --tune-lr {rate} {ROWS[row]} --limit {limit}"
         if row != "grpo" and start is None:
             words += f" --trees {folder}/trees-{seed}.jsonl"
+            kind = "solutions" if row == "dpo" else "steps"  # its pairs are others
+            words += f" --reference {folder}/reference-{kind}-{seed}-{limit}.safetensors"
     model = start or folder / "sft" / "sft"
     return f"train.py --model {model} {words} --seed {seed} --out {out}"
 
