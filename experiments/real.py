@@ -53,26 +53,29 @@ HOT = "--search-temperature 0.8"  # chosen: most questions solved, and most pair
 BATCH = 8  # trees of an optimizer step
 TUNE = f"--tune-batch {BATCH} --tune-epochs 1 --no-recompute --save-every 20 --rounds 1"
 FEW = "--test-limit 1"  # train.py's own table is not used
+SQUARED = "--mse-weight 0.1"  # AlphaMath's, and the best on the built-in task
 RATES = ("5e-6", "2e-5", "8e-5")  # peak learning rates to choose from
 ROWS = {  # row -> flags of train.py; None: worked solutions again, as many steps as trees give
     "sft-longer": None,
     "rft": "--objective rft",
     "dpo": "--objective dpo",
     "step-dpo": "--mse-weight 0 --margin-weight 0",  # with the SFT term
-    "alphamath": "--objective alphamath",
-    "svpo": "--objective svpo",
-    "no-margin": "--margin-weight 0",
+    "alphamath": f"--objective alphamath {SQUARED}",
+    "svpo": f"--objective svpo {SQUARED}",
+    "no-margin": f"--margin-weight 0 {SQUARED}",
     "no-squared-error": "--mse-weight 0",
+    "more-squared-error": "--mse-weight 1",
     "grpo": "--objective grpo --max-tokens 320",  # few solutions are longer, and all wait for them
 }
-RATE_OF = {"no-margin": "svpo", "no-squared-error": "svpo"}  # rows with the rate of another one
+PARTS_OF_SVPO = ("no-margin", "no-squared-error", "more-squared-error")
+RATE_OF = dict.fromkeys(PARTS_OF_SVPO, "svpo")  # rows with the rate of another one
 SEEDS = {"sft-longer": 3, "rft": 3, "alphamath": 3, "svpo": 3}  # how many of a row; others: 1
 TWICE = ("rft", "svpo")  # rows with a second round
 STRATEGIES = ("greedy", "beam:1,5", "majority:5", "best:5", "beam:3,5")
 ON_GSM8K = ("sft", "sft-longer-0", "rft-0", "alphamath-0", "svpo-0")  # harder questions, greedily
 ANSWERED_IN_FULL = ("alphamath-0", "svpo-0")  # with all STRATEGIES
 BY_VOTE = ("rft-0",)  # V is not trained: greedily and by majority
-VALUED = ("alphamath", "svpo", "no-margin", "no-squared-error")  # V is trained: SBS(1,5) too
+VALUED = ("alphamath", "svpo", *PARTS_OF_SVPO)  # V is trained: SBS(1,5) too
 TINY = {  # in place of these flags
     "--sft-steps": 2,
     "--sft-batch": 2,
