@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import sys
 import time
@@ -45,6 +46,7 @@ from svpo import (
     LossConfig,
     Objective,
     correct_solutions,
+    good_steps,
     group_by_tokens,
     learn,
     loss_sums,
@@ -53,6 +55,7 @@ from svpo import (
     score,
     sibling_pairs,
     total_loss,
+    visited_q,
 )
 from train import DROPOUT, Job, train_stage
 
@@ -163,60 +166,65 @@ def solved_sometimes(tree: Tree) -> bool:
 # ------------------------------------------------------------------------------------------- rows
 
 
+GOOD_STEPS = Objective(sibling_pairs, good_steps, visited_q)
+ALL_CORRECT = Objective(sibling_pairs, correct_solutions, visited_q)
+
+
 @dataclass(frozen=True)
 class Row:
     """A change to SVPO, of flags, labels, pairs or the search."""
 
-    flags: str = ""
-    objective: Objective = OBJECTIVES["svpo"]
+    flags: str = "--mse-weight 1"
+    objective: Objective = GOOD_STEPS
     labels: Callable[[Tree], Tree] = lambda tree: tree
     kept: Callable[[Tree], bool] = lambda tree: True  # which trees are trained on
     outcomes_only: bool = False  # the search backs up no V
     detached: bool = False  # V learns, but its gradient stops at the head
 
 
-SVPO = OBJECTIVES["svpo"]
-ALL_CORRECT = dataclasses.replace(SVPO, likelihood=correct_solutions)
-
-
-def objective(name: str, flags: str = "") -> Row:
-    return Row(flags, OBJECTIVES[name])
-
-
 def pairs(function: Callable) -> Row:
-    return Row(objective=dataclasses.replace(SVPO, pairs=function))
+    return dataclasses.replace(BETTER, objective=Objective(function, correct_solutions, visited_q))
 
 
+BETTER = Row("--mse-weight 0.1", ALL_CORRECT)
 ROWS = {
     "svpo": Row(),
-    "rft": objective("rft"),
-    "alphamath": objective("alphamath"),
-    "grpo": objective("grpo", "--tune-epochs 1"),  # as many sampled tokens as a search
-    "lambda-grpo": objective("lambda-grpo", "--tune-epochs 1"),
-    "tree-grpo": objective("tree-grpo"),
-    "tree-grpo, lr 5e-5": objective("tree-grpo", "--tune-lr 5e-5"),
-    "dvo": objective("dvo"),
-    "dvo, lr 5e-5": objective("dvo", "--tune-lr 5e-5"),
+    "rft": Row(objective=OBJECTIVES["rft"]),
+    "alphamath": Row(objective=OBJECTIVES["alphamath"]),
+    "grpo": Row("--tune-epochs 1", OBJECTIVES["grpo"]),  # as many sampled tokens as a search
+    "lambda-grpo": Row("--tune-epochs 1", OBJECTIVES["lambda-grpo"]),
+    "tree-grpo": Row("", OBJECTIVES["tree-grpo"]),
+    "tree-grpo, lr 5e-5": Row("--tune-lr 5e-5", OBJECTIVES["tree-grpo"]),
+    "dvo": Row("", OBJECTIVES["dvo"]),
+    "dvo, lr 5e-5": Row("--tune-lr 5e-5", OBJECTIVES["dvo"]),
+    # what the squared error does
     "squared error 0.3": Row("--mse-weight 0.3"),
     "squared error 0.1": Row("--mse-weight 0.1"),
+    "squared error 0.03": Row("--mse-weight 0.03"),
     "value 0.1": Row("--mse-weight 0.1 --margin-weight 0.05"),
     "value detached": Row(detached=True),
+    "alphamath, squared error 0.1": Row("--mse-weight 0.1", OBJECTIVES["alphamath"]),
+    # why an untrained V in Q helps
     "labels without V": Row(labels=outcome_labels),
     "labels halved": Row(labels=halved_labels),
     "search without V": Row(outcomes_only=True),
     "search without V, labels shrunk": Row(outcomes_only=True, labels=shrunk_labels),
     "search without V, labels halved": Row(outcomes_only=True, labels=halved_labels),
-    "all correct solutions": Row(objective=ALL_CORRECT),
-    "all correct, squared error 0.1": Row("--mse-weight 0.1", ALL_CORRECT),
+    "search without V, squared error 0.1": Row("--mse-weight 0.1", outcomes_only=True),
+    "search without V, value detached": Row(outcomes_only=True, detached=True),
+    # what the likelihood is of
+    "all correct": Row(objective=ALL_CORRECT),
+    "all correct, squared error 0.1": BETTER,
     "all correct, value 0.1": Row("--mse-weight 0.1 --margin-weight 0.05", ALL_CORRECT),
     "all correct, value detached": Row(objective=ALL_CORRECT, detached=True),
+    # changes to "all correct, squared error 0.1"
+    "preference 0": dataclasses.replace(BETTER, flags="--mse-weight 0.1 --policy-weight 0"),
+    "preference 0.2": dataclasses.replace(BETTER, flags="--mse-weight 0.1 --policy-weight 0.2"),
     "pairs by progress": pairs(progress_pairs),
-    "pairs by a prover": Row(labels=prover_labels),
+    "pairs by a prover": dataclasses.replace(BETTER, labels=prover_labels),
     "the most confident wrong leaf": pairs(confident_pairs),
     "unvisited losers": pairs(pairs_with_unvisited),
-    "solved in 20 to 80 %": Row(kept=solved_sometimes),
-    "preference 0.2": Row("--policy-weight 0.2"),
-    "all correct, preference 0.2": Row("--policy-weight 0.2", ALL_CORRECT),
+    "solved in 20 to 80 %": dataclasses.replace(BETTER, kept=solved_sometimes),
 }
 
 
@@ -225,8 +233,7 @@ ROWS = {
 
 @contextmanager
 def as_objective(row: Row):
-    """`--objective row` within the block; the name that flags must have is set aside."""
-    before = OBJECTIVES["svpo"]
+    """`--objective row` within the block."""
     forward = Llama.value
 
     def detached(model, hidden, *dropout):
@@ -239,7 +246,6 @@ def as_objective(row: Row):
         yield
     finally:
         del OBJECTIVES["row"]
-        OBJECTIVES["svpo"] = before
         Llama.value = forward
 
 
@@ -307,21 +313,34 @@ def judged_by(search: Generator, score: Callable[[Node], float]) -> Generator:
             return end.value
 
 
-def with_likelihood(weight: float) -> Callable:
-    """SBS(B1, B2) by V + weight * mean log-probability of the step's tokens."""
+def beams_by(score: Callable[[Node], float]) -> Callable:
+    """A maker of SBS(B1, B2) by a score."""
 
     def make(numbers, search, temperature):
         beam = beam_strategy(*numbers, search, temperature, best_value)
-
-        def score(node):
-            return node.value + weight * node.logp / max(1, len(node.tokens))
-
         return dataclasses.replace(beam, start=lambda *one: judged_by(beam.start(*one), score))
 
     return make
 
 
-STRATEGIES |= {f"likely{weight}": with_likelihood(weight) for weight in (0.3, 1, 3)}
+def with_likelihood(weight: float) -> Callable[[Node], float]:
+    """V + weight * mean log-probability of the step's tokens."""
+    return lambda node: node.value + weight * node.logp / max(1, len(node.tokens))
+
+
+def value_of(model: Llama) -> Callable[[Node], float]:
+    """V of another model."""
+
+    @torch.inference_mode()
+    def score(node):
+        steps = node.path()
+        tokens = [token for step in [steps[0].parent, *steps] for token in step.tokens]
+        return model(torch.tensor([tokens]))[1][0, -1].item()
+
+    return score
+
+
+STRATEGIES |= {f"likely{weight}": beams_by(with_likelihood(weight)) for weight in (0.3, 1, 3)}
 VALUE = Llama.value
 
 
@@ -342,7 +361,9 @@ WAYS = {  # way -> strategy, and the function that V is
     "SBS(1,5), V + 0.3 log pi": ("likely0.3:1,5", VALUE),
     "SBS(1,5), V + log pi": ("likely1:1,5", VALUE),
     "SBS(1,5), V + 3 log pi": ("likely3:1,5", VALUE),
+    "SBS(1,5), V of row svpo": ("judge:1,5", VALUE),  # two models
     "SBS(3,5)": ("beam:3,5", VALUE),
+    "SBS(3,5), V of row svpo": ("judge:3,5", VALUE),
     "SBS(3,5), vote": ("vote:3,5", VALUE),
     "best of 15": ("best:15", VALUE),
     "vote of 15": ("weighted:15", VALUE),
@@ -350,9 +371,13 @@ WAYS = {  # way -> strategy, and the function that V is
 }
 
 
-def answer_ways(job: Job, stage: Path, questions: dict[str, list]) -> Iterator[dict]:
-    """Accuracy of every way to answer, on each part."""
+def answer_ways(job: Job, stage: Path, judge: Path, questions: dict[str, list]) -> Iterator[dict]:
+    """Accuracy of every way to answer with the model in `stage`, on each part.
+
+    The model in `judge` has the V of another model.
+    """
     policy = job.load(stage)
+    STRATEGIES["judge"] = beams_by(value_of(job.load(judge)))
     for way, (strategy, value) in WAYS.items():
         found = {"way": way}
         Llama.value = value
@@ -415,7 +440,7 @@ def gradients(seed: int, base: Path, trained: Path, job: Job) -> Iterator[dict]:
 
 
 def folder_of(out: Path, task: str, name: str, seed: int) -> Path:
-    return out / f"ladder-{task}-{name.replace(' ', '-').replace(',', '')}-{seed}"
+    return out / f"ladder-{task}-{re.sub(r'[^a-z0-9.]+', '-', name)}-{seed}"
 
 
 def lines_of(config, name: str, seed: int) -> Iterator[dict]:
@@ -426,7 +451,9 @@ def lines_of(config, name: str, seed: int) -> Iterator[dict]:
     job, splits = configure(seed, folder, common)
     if config.answers:
         valid = load_questions(f"{job.run.data}:valid", QUESTIONS)
-        yield from answer_ways(job, folder / "round1", {"valid": valid, "test": splits["test"]})
+        judge = folder_of(config.out, config.task, "svpo", seed) / "round1"
+        parts = {"valid": valid, "test": splits["test"]}
+        yield from answer_ways(job, folder / "round1", judge, parts)
     elif config.gradients:
         yield from gradients(seed, base, folder / "round1", job)
     else:
@@ -451,8 +478,8 @@ def main():
     lines = map(json.loads, lines)
     done = {(line["kind"], line["task"], line["row"], line["seed"]) for line in lines}
     names = ["svpo"] if config.gradients else config.rows or ROWS
-    for name in names:
-        for seed in config.seeds:
+    for seed in config.seeds:
+        for name in names:
             if (kind, config.task, name, seed) in done:
                 continue
             found = list(lines_of(config, name, seed))

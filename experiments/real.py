@@ -333,30 +333,39 @@ def answer_line(file: Path) -> dict:
     return line | {key: found[key] for key in ("siblings", "diagnosis") if key in found}
 
 
-def scores(rows: list[dict], row: str, strategy: str) -> list[float]:
-    """The points of each question under a strategy, 0 to 100: the mean over the row's seeds."""
-    mine = [line for line in lines_of(rows, row) if line["strategy"] == strategy]
-    digits = zip(*(line["right"] for line in mine))
-    return [100 * statistics.fmean(map(int, question)) for question in digits]
+def points(rows: list[dict], row: str, strategy: str) -> dict[int, list[float]]:
+    """Seed -> the points of each question under a strategy, 0 or 100."""
+    found = {}
+    for line in rows:
+        if line["kind"] == "answers" and line["row"] == row and line["strategy"] == strategy:
+            found[line["seed"]] = [100.0 * int(digit) for digit in line["right"]]
+    return found
 
 
-def lines_of(rows: list[dict], row: str) -> list[dict]:
-    return [line for line in rows if line["kind"] == "answers" and line["row"] == row]
+def ahead(mine: dict[int, list[float]], other: dict[int, list[float]]) -> dict[int, list[float]]:
+    """Points ahead of another row, question by question: of the same seed, or of its only one."""
+    only = next(iter(other.values()), []) if len(other) == 1 else None
+    found = {}
+    for seed, right in mine.items():
+        theirs = other.get(seed, only)
+        if theirs is not None:
+            found[seed] = [a - b for a, b in zip(right, theirs)]
+    return found
 
 
-def mean_and_error(points: list[float]) -> str:
-    """The mean over questions and its standard error, as text."""
-    if not points:
+def estimate(found: dict[int, list[float]]) -> str:
+    """The mean and its standard error: that over questions and that over seeds, added as squares.
+
+    With one seed, the error is that over questions alone.
+    """
+    if not any(found.values()):
         return "-"
-    return (
-        f"{statistics.fmean(points):.1f} ± {statistics.stdev(points) / math.sqrt(len(points)):.1f}"
-    )
-
-
-def difference(rows: list[dict], row: str, other: str, strategy: str) -> str:
-    """How much a row is ahead of another one, question by question."""
-    pairs = zip(scores(rows, row, strategy), scores(rows, other, strategy))
-    return mean_and_error([mine - theirs for mine, theirs in pairs])
+    seeds = list(map(statistics.fmean, found.values()))
+    questions = list(map(statistics.fmean, zip(*found.values())))
+    error = statistics.stdev(questions) / math.sqrt(len(questions))
+    if len(seeds) > 1:
+        error = math.hypot(error, statistics.stdev(seeds) / math.sqrt(len(seeds)))
+    return f"{statistics.fmean(seeds):.1f} ± {error:.1f}"
 
 
 def names_of(rows: list[dict]) -> list[str]:
@@ -366,55 +375,98 @@ def names_of(rows: list[dict]) -> list[str]:
     return [name for name in order if name in measured]
 
 
-def answers_table(rows: list[dict]) -> str:
-    """Accuracy in % with its standard error over questions, and how siblings are ranked."""
-    strategies = [*STRATEGIES, "gsm8k greedy"]
+COLUMNS = {  # heading -> strategy
+    "greedy": "greedy",
+    "SBS(1,5)": "beam:1,5",
+    "majority@5": "majority:5",
+    "best of 5": "best:5",
+    "SBS(3,5)": "beam:3,5",
+    "GSM8K, greedy": "gsm8k greedy",
+}
+
+
+def answers_table(rows: list[dict]) -> Table:
+    """Accuracy in %, and the share of siblings that V ranks rightly."""
     lines = []
     for name in names_of(rows):
-        mine = lines_of(rows, name)
-        cells = [mean_and_error(scores(rows, name, strategy)) for strategy in strategies]
+        mine = [line for line in rows if line["kind"] == "answers" and line["row"] == name]
+        cells = [estimate(points(rows, name, strategy)) for strategy in COLUMNS.values()]
         ranked = [line["siblings"]["accuracy"] for line in mine if "siblings" in line]
         ranked = [share for share in ranked if share is not None]
         cells.append(f"{statistics.fmean(ranked):.3f}" if ranked else "-")
         lines.append([name, str(len({line["seed"] for line in mine})), *cells])
-    return Table(["row", "seeds", *strategies, "siblings, V"], lines).markdown()
+    return Table(["row", "seeds", *COLUMNS, "siblings, V"], lines)
 
 
-def differences_table(rows: list[dict]) -> str:
-    """Points ahead of sft and behind svpo, paired by question, with standard errors."""
+def differences_table(rows: list[dict]) -> Table:
+    """Points ahead of other rows and of greedy answers, question by question."""
     lines = []
     for name in names_of(rows):
-        if name == "sft":
-            continue
+        greedy, beam = points(rows, name, "greedy"), points(rows, name, "beam:1,5")
         pairs = [
-            ("sft", "greedy"),
-            ("sft", "gsm8k greedy"),
-            ("svpo", "greedy"),
-            ("svpo", "beam:1,5"),
+            (greedy, points(rows, "sft", "greedy")),
+            (greedy, points(rows, "svpo", "greedy")),
+            (beam, points(rows, "svpo", "beam:1,5")),
+            (beam, greedy),
+            (points(rows, name, "gsm8k greedy"), points(rows, "sft", "gsm8k greedy")),
         ]
-        cells = [difference(rows, name, other, strategy) for other, strategy in pairs]
-        own = zip(scores(rows, name, "beam:1,5"), scores(rows, name, "greedy"))
-        lines.append([name, *cells, mean_and_error([beam - greedy for beam, greedy in own])])
-    headings = ["row", "greedy - sft's", "gsm8k - sft's", "greedy - svpo's", "SBS(1,5) - svpo's"]
-    return Table([*headings, "SBS(1,5) - greedy"], lines).markdown()
+        lines.append([name, *(estimate(ahead(*pair)) for pair in pairs)])
+    headings = ["greedy - sft's", "greedy - svpo's", "SBS(1,5) - svpo's", "SBS(1,5) - greedy"]
+    return Table(["row", *headings, "GSM8K - sft's"], lines)
 
 
-def choices_table(rows: list[dict]) -> str:
-    """Greedy accuracy on the validation part, in %, for each learning rate."""
+def choices_table(rows: list[dict]) -> Table:
+    """Greedy accuracy on the validation questions in %, for each learning rate."""
     found = {line["row"]: line["valid_greedy"] for line in rows if line["kind"] == "choice"}
     lines = []
-    for name in ROWS:
-        if name in found and name not in RATE_OF:
-            rates = found[name]
-            lines.append(
-                [name, *(f"{100 * rates[rate]:.1f}" if rate in rates else "-" for rate in RATES)]
-            )
-    return Table(["row", *RATES], lines).markdown()
+    for name, rates in found.items():
+        if name not in RATE_OF:
+            cells = [f"{100 * rates[rate]:.1f}" if rate in rates else "-" for rate in RATES]
+            lines.append([name, *cells])
+    return Table(["row", *RATES], lines)
+
+
+def hours_table(rows: list[dict]) -> Table:
+    """Hours of each kind of work."""
+    seconds = next(line["pieces"] for line in rows if line["kind"] == "seconds")
+    kinds = {"SFT": 0, "search": 0, "choice of rates": 0, "rounds": 0, "answers": 0, "other": 0}
+    for name, spent in seconds.items():
+        kinds[kind_of(name)] += spent
+    return Table(["work", "hours"], [[kind, f"{kinds[kind] / 3600:.1f}"] for kind in kinds])
+
+
+def kind_of(piece: str) -> str:
+    """The kind of work that a piece is."""
+    first, _, rest = piece.partition(" ")
+    if first in ("choice", "temperature"):
+        return "choice of rates" if first == "choice" else "search"
+    if first in ("trees", "judged"):
+        return "search"
+    if first == "found" or rest == "perplexity":
+        return "other"
+    return "answers" if rest else "SFT" if piece == "sft" else "rounds"
+
+
+def blocks(rows: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
+    """The tables of RESULTS.md and of experiments/tables.md, by the names of their marks."""
+    full = {
+        "real": answers_table(rows).markdown(),
+        "real-differences": differences_table(rows).markdown(),
+        "real-choices": choices_table(rows).markdown(),
+        "real-hours": hours_table(rows).markdown(),
+    }
+    answered, ahead_of = answers_table(rows), differences_table(rows)
+    headings = ["greedy", "greedy - sft's", "SBS(1,5)", "SBS(1,5) - greedy"]
+    lines = []
+    for name, *cells in answered.lines:
+        other = next(line for line in ahead_of.lines if line[0] == name)
+        lines.append([name, cells[1], other[1], cells[2], other[4]])
+    return {"real": Table(["row", *headings], lines).markdown()}, full
 
 
 def show_tables(rows: list[dict]):
-    for table in (choices_table, answers_table, differences_table):
-        print(f"\n{table.__doc__.splitlines()[0]}\n\n{table(rows)}")
+    for name, table in blocks(rows)[1].items():
+        print(f"\n{name}\n\n{table}")
 
 
 def main():
