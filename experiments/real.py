@@ -53,7 +53,8 @@ HOT = "--search-temperature 0.8"  # chosen: most questions solved, and most pair
 BATCH = 8  # trees of an optimizer step
 TUNE = f"--tune-batch {BATCH} --tune-epochs 1 --no-recompute --save-every 20 --rounds 1"
 FEW = "--test-limit 1"  # train.py's own table is not used
-SQUARED = "--mse-weight 0.1"  # AlphaMath's, and the best on the built-in task
+SQUARED = "--mse-weight 0.1"  # AlphaMath's weight, better than 1 on the built-in task (ladder.py)
+MARGIN = "--margin-weight 0.05"
 RATES = ("5e-6", "2e-5", "8e-5")  # peak learning rates to choose from
 ROWS = {  # row -> flags of train.py; None: worked solutions again, as many steps as trees give
     "sft-longer": None,
@@ -61,13 +62,13 @@ ROWS = {  # row -> flags of train.py; None: worked solutions again, as many step
     "dpo": "--objective dpo",
     "step-dpo": "--mse-weight 0 --margin-weight 0",  # with the SFT term
     "alphamath": f"--objective alphamath {SQUARED}",
-    "svpo": f"--objective svpo {SQUARED}",
-    "no-margin": f"--margin-weight 0 {SQUARED}",
-    "no-squared-error": "--mse-weight 0",
-    "more-squared-error": "--mse-weight 1",
+    "svpo": f"--objective svpo {SQUARED} {MARGIN}",
+    "no-margin": f"{SQUARED} --margin-weight 0",
+    "no-squared-error": f"--mse-weight 0 {MARGIN}",
+    "more-value": "--mse-weight 1 --margin-weight 0.5",
     "grpo": "--objective grpo --max-tokens 320",  # few solutions are longer, and all wait for them
 }
-PARTS_OF_SVPO = ("no-margin", "no-squared-error", "more-squared-error")
+PARTS_OF_SVPO = ("no-margin", "no-squared-error", "more-value")
 RATE_OF = dict.fromkeys(PARTS_OF_SVPO, "svpo")  # rows with the rate of another one
 SEEDS = {"sft-longer": 3, "rft": 3, "alphamath": 3, "svpo": 3}  # how many of a row; others: 1
 TWICE = ("rft", "svpo")  # rows with a second round
