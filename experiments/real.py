@@ -5,7 +5,8 @@
     python experiments/real.py --table      the tables, from experiments/real.jsonl
 
 The model learns GSM8K's worked solutions (SFT). It then searches questions of MAWPS and SVAMP with
-nothing but their answers, and each row of the table trains the same SFT model on the same trees.
+nothing but their answers, and each row of the table trains the same SFT model for about 100 steps:
+on the same trees, on more worked solutions (sft-longer), or on samples of its own (grpo).
 Questions that differ in their numbers alone are in the same part: training, validation or test.
 The learning rate of each row is the one whose model, after a short round on the first trees,
 answers most questions of the validation part.
@@ -58,8 +59,9 @@ MARGIN = "--margin-weight 0.05"
 RATES = ("5e-6", "2e-5", "8e-5")  # peak learning rates to choose from
 ROWS = {  # row -> flags of train.py; None: worked solutions again, as many steps as trees give
     "sft-longer": None,
-    "rft": "--objective rft",
-    "dpo": "--objective dpo",
+    # one tree in three has right and wrong ends, so three passes are as many steps as the others'
+    "rft": "--objective rft --tune-epochs 3",
+    "dpo": "--objective dpo --tune-epochs 3",
     "step-dpo": "--mse-weight 0 --margin-weight 0",  # with the SFT term
     "alphamath": f"--objective alphamath {SQUARED}",
     "svpo": f"--objective svpo {SQUARED} {MARGIN}",
