@@ -915,8 +915,7 @@ class TreeNode:
     # which tokens the model wrote, or is to write (worked solutions); the others carry no loss
     sampled: list[bool]
     # sum of the untempered log-probabilities of these tokens, in nats, under the policy that grew
-    # the tree and its prompt; for objectives with pairs, svpo.add_reference replaces it by that of
-    # the reference
+    # the tree and its prompt; svpo.add_reference sets that of the reference
     logp: float = 0.0
     prior: float = 1.0  # exp(mean token log-probability)
     visit_count: int = 0

@@ -16,7 +16,6 @@ Dimension key: T tokens of a pack, X entries of one flat list, M sampled tokens,
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -180,7 +179,10 @@ def group_advantages(tree: Tree) -> list[tuple[float, float]]:
 
 
 def shared_advantages(tree: Tree) -> list[tuple[float, float]]:
-    """lambda-GRPO (arXiv 2509.21154): a step that N samples share counts once, not N times."""
+    """lambda-GRPO (arXiv 2509.21154): the loss of a step that N samples share, divided by N.
+
+    Our choice: what is shared are whole steps, and the divisor of the sum stays GRPO's.
+    """
     advantages = zip(group_advantages(tree), tree.nodes)
     return [(sum_of / max(1, node.visit_count), count) for (sum_of, count), node in advantages]
 
@@ -188,8 +190,9 @@ def shared_advantages(tree: Tree) -> list[tuple[float, float]]:
 def sibling_advantages(tree: Tree) -> list[tuple[float, float]]:
     """The advantage of each visited step among its visited siblings: (Q - mean Q) / std Q.
 
-    The group within a tree of Tree-GRPO (arXiv 2509.21240); that steps with equal Q have none, and
-    that a step counts once, is our choice.
+    After Tree-GRPO (arXiv 2509.21240). Our choice: siblings are the group, Q takes the place of the
+    reward, each step counts once, siblings with equal Q have no advantage, and the trees are those
+    of the policy before training.
     """
     groups = {}
     for index, node in enumerate(tree.nodes[1:], 1):
@@ -250,8 +253,10 @@ def step_dpo(
 
 
 def q_regression(policy_E: Tensor, ref_E: Tensor, q_E: Tensor, beta: float) -> Tensor:
-    """DVO's squared error of the implicit reward against Q, of each node (E,):
-    (beta * (log pi - log ref) - Q)^2 (arXiv 2502.13723).
+    """Squared error of the implicit reward against Q, of each node (E,):
+    (beta * (log pi - log ref) - Q)^2.
+
+    After summaries of DVO (arXiv 2502.13723), whose own equation could not be read.
     """
     return (beta * (policy_E - ref_E) - q_E).square()
 
@@ -277,14 +282,14 @@ class Objective:
     pairs: Callable | None = None
     # tree -> [(weight, count)], one for each node
     likelihood: Callable | None = None
-    # tree -> [target], one for each node, None where there is none. V learns them by squared error,
-    # and the margin of pairs
+    # tree -> [target of V], one for each node, None where there is none; V learns these, and the
+    # margin of pairs
     value: Callable | None = None
-    # the same for the implicit reward
-    implicit: Callable | None = None
     # a pair compares the log-probabilities of whole solutions, not of one step after a prefix
     whole_solutions: bool = False
     preference: Callable = step_dpo
+    # tree -> [target of the implicit reward], in place of pairs
+    implicit: Callable | None = None
     groups: bool = False  # learns from fresh groups of samples, without a search
 
     @property
@@ -615,12 +620,16 @@ def loss_sums(
     preference_P = objective.preference(
         policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta
     )
-    regression_E = q_regression(policy_E, ref_E, batch.implicit_target_E, config.beta)
+    if objective.implicit:
+        error_E = q_regression(policy_E, ref_E, batch.implicit_target_E, config.beta)
+        preference = batch.implicit_mask_E * error_E
+    else:
+        preference = weight_P * preference_P
     margin_P = value_margin(value_win_P, value_lose_P, config.margin)
     reward_win_P = config.beta * (policy_win_P - ref_win_P).detach()
     reward_lose_P = config.beta * (policy_lose_P - ref_lose_P).detach()
     terms = {
-        "policy": (weight_P * preference_P).sum() + (batch.implicit_mask_E * regression_E).sum(),
+        "policy": preference,
         "sft": -batch.weight_E[node_M] * logp_M,
         "mse": batch.value_mask_E * value_mse(value_E, batch.value_target_E),
         "margin": bool(objective.value) * weight_P * margin_P,
@@ -653,40 +662,35 @@ def total_loss(sums: dict[str, Tensor], counts: Mapping[str, float], config: Los
 # ---------------------------------------------------------------------------------- the reference
 
 
-def fingerprints(model: Llama, trees: list[Tree]) -> dict[str, str]:
-    """Hashes of a model's weights, and of the tokens of trees."""
+def fingerprints(model: Llama, lessons: list[Lesson]) -> dict[str, str]:
+    """Hashes of a model's weights, of the tokens of trees, and of the nodes that are compared."""
     weights = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
         weights.update(name.encode() + numbers.tobytes())
-    steps = hashlib.blake2b(digest_size=8)
-    for tree in trees:
-        nodes = [(node.parent, node.tokens) for node in tree.nodes]
-        steps.update(json.dumps([tree.id, nodes]).encode())
-    return {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
+    trees = [lesson.tree for lesson in lessons]
+    steps = [[tree.id, [(node.parent, node.tokens) for node in tree.nodes]] for tree in trees]
+    nodes = list(map(compared, lessons))
+    return {"weights": weights.hexdigest(), "trees": digest(steps), "nodes": digest(nodes)}
 
 
-def compared(tree: Tree, losses: LossConfig) -> list[int]:
+def compared(lesson: Lesson) -> list[int]:
     """The nodes whose log pi a loss compares with the reference's, and those before them."""
-    ends = [end for win, lose, _ in pairs_of(tree, losses) for end in (win, lose)]
-    implicit = OBJECTIVES[losses.objective].implicit
-    targets = implicit(tree) if implicit else []
-    ends += [index for index, target in enumerate(targets) if target is not None]
-    return with_ancestors(tree, ends)
+    ends = [end for win, lose, _ in lesson.pairs for end in (win, lose)]
+    ends += [index for index, target in enumerate(lesson.implicit) if target is not None]
+    return with_ancestors(lesson.tree, ends)
 
 
-def add_reference(
-    model: Llama, trees: list[Tree], losses: LossConfig, file: Path, pack_tokens: int = 0
-):
+def add_reference(model: Llama, lessons: list[Lesson], file: Path, pack_tokens: int = 0):
     """Set the log-probabilities of `compared` nodes to those of the policy, before it is trained.
 
     They are read from `file`, or computed by one pass (`rescore`, each rank its share) and kept
-    there with fingerprints of weights, trees and nodes. InputError if the file belongs to others.
+    there with fingerprints. InputError if the file belongs to other weights, trees or nodes.
     """
-    kept = [compared(tree, losses) for tree in trees]
-    read = [(tree, indices) for tree, indices in zip(trees, kept) if len(indices) > 1]
+    read = [(lesson.tree, compared(lesson)) for lesson in lessons]
+    read = [(tree, indices) for tree, indices in read if len(indices) > 1]
     nodes = [tree.nodes[index] for tree, indices in read for index in indices]
-    marks = {**fingerprints(model, trees), "nodes": digest(kept)}
+    marks = fingerprints(model, lessons)
     if file.exists():
         logp = read_reference(file, marks, len(nodes))
     else:

@@ -143,7 +143,6 @@ FREE = (  # fields that may change on an existing run: memory, speed, rounding a
     "recompute",
     "pack_tokens",
     "answer_lanes",
-    "reference",
 )
 PLANNED_PROMPT = 512  # tokens: the longest prompt that a plan counts with
 DROPOUT = 0.1  # of the value head's input (AlphaMath official code)
@@ -186,11 +185,6 @@ class RunConfig(SourceConfig):
         "",
         "trees of the first round, written by mcts.py with --model or by you (docs/trees.md); only "
         "questions without a tree there are searched",
-    )
-    reference: str = flag(
-        "",
-        "file of the reference's log-probabilities of --trees, for runs that share them: the first "
-        "one writes it; empty: reference.safetensors in the round's folder",
     )
     save_dtype: str = flag(
         "",
@@ -265,7 +259,7 @@ def main(argv: list[str] | None = None):
         return print_plan(
             sizes_of(shape, run, train),
             searches_of(shape, [PLANNED_PROMPT], search, answering),
-            *configs,
+            *(run, train, search, OBJECTIVES[losses.objective].groups),
         )
     device = join_ranks(run)
     if run.model != "tiny":
@@ -385,8 +379,6 @@ def check_flags(run: RunConfig, train: TrainConfig, losses: LossConfig):
         )
     if run.trees and not rank_files(Path(run.trees)):
         raise InputError(f"--trees {run.trees}: no such file")
-    if run.reference and not run.trees:
-        raise InputError("--reference goes with --trees, whose log-probabilities it holds")
     if train.tensorboard and not find_spec("tensorboard"):
         raise InputError(
             "--tensorboard needs a package that is not installed: pip install tensorboard"
@@ -608,6 +600,11 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         raise InputError(
             f"{stage.name}: no tree has a step that --objective {losses.objective} learns from"
         )
+    if OBJECTIVES[losses.objective].reference and not train.lora_rank:  # with LoRA while training
+        # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
+        policy = job.load(previous, "float32")
+        add_reference(policy, lessons, stage / "reference.safetensors", train.pack_tokens)
+        del policy
     seed = job.run.seed + number
     count = len(lessons or questions)
     steps = max(1, train.tune_epochs * count // batch) if number else train.sft_steps
@@ -901,9 +898,7 @@ def grow_trees(
 ) -> list[Tree]:
     """Search a round's questions, each rank its share; returns the trees of all, in their order.
 
-    Each tree is written as it ends, and questions that have one are not searched again. If the
-    objective has a reference, the log-probabilities are then replaced by those of the policy that
-    grew the trees, in one pass. With LoRA that is done while training.
+    Each tree is written as it ends, and questions that have one are not searched again.
     """
     model = job.load(previous)
     file = stage / "trees.jsonl"
@@ -926,17 +921,7 @@ def grow_trees(
     trees = [found[question.id] for question in questions]  # whatever the number of ranks
     describe(trees, job.search_tokenizer, job.losses)
     asked = zip(trees, questions)
-    trees = [job.train_tokenizer.set_prompt(tree, question) for tree, question in asked]
-    if OBJECTIVES[job.losses.objective].reference and not job.train.lora_rank:
-        reference = stage / "reference.safetensors"
-        if number == 1 and job.run.reference:
-            reference = Path(job.run.reference)
-        if job.run.dtype != "float32":
-            # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
-            del model
-            model = job.load(previous, "float32")
-        add_reference(model, trees, job.losses, reference, job.train.pack_tokens)
-    return trees
+    return [job.train_tokenizer.set_prompt(tree, question) for tree, question in asked]
 
 
 def take_trees(given: Path, file: Path, questions: list[Question]):

@@ -5,8 +5,9 @@
     python experiments/ladder.py --gradients                    how alike objectives' gradients are
 
 Every row trains one round from the same SFT model of a seed, on the same trees, and answers the
-validation and the test questions. Rows are chosen by validation and reported by test. A row appends
-a line to experiments/ladder.jsonl; run the same command again to resume.
+validation and the test questions. We choose by validation and report test. Rows without trees that
+teach them take fewer steps; the line says how many. V is trained where a row has targets for it. A
+row appends a line to experiments/ladder.jsonl; run the same command again to resume.
 
 Dimension key: E nodes of a pack.
 """
@@ -38,8 +39,9 @@ from eval import STRATEGIES, answer_questions, beam_strategy, best_value, siblin
 from experiments.run import COMMON, configure, judge_proofs, start
 from mcts import search_trees
 from model import Llama
-from support.files import append, head_commit
+from support.files import append, head_commit, publish
 from support.flags import run_command
+from support.progress import read_log
 from svpo import (
     OBJECTIVES,
     Batch,
@@ -84,16 +86,26 @@ def shrunk_labels(tree: Tree) -> Tree:
     return edited(tree, [(c - w) / (c + w + 1) for c, w in zip(correct, wrong)])
 
 
-def halved_labels(tree: Tree) -> Tree:
-    """Q / 2: as far from certain as an untrained V makes it."""
-    return edited(tree, [node.q_value / 2 for node in tree.nodes])
+def half_of_q(tree: Tree) -> list[float | None]:
+    """Q / 2 as V's target: as far from certain as an untrained V makes it."""
+    return [None if q is None else q / 2 for q in visited_q(tree)]
+
+
+def q_of_outcomes(tree: Tree) -> list[float | None]:
+    """Q from the rewards below alone as V's target."""
+    return visited_q(outcome_labels(tree))
 
 
 def prover_labels(tree: Tree, tries: int = 4) -> Tree:
-    """The chance that one of `tries` solutions below is right, as Q: best-of-K as the prover."""
-    correct, wrong = outcomes_below(tree)
-    chances = [c / max(1, c + w) for c, w in zip(correct, wrong)]
-    return edited(tree, [1 - 2 * (1 - chance) ** tries for chance in chances])
+    """The chance that one of `tries` solutions below is right, as Q: best-of-K as the prover.
+
+    0 where no solution ends below.
+    """
+    q_values = []
+    for correct, wrong in zip(*outcomes_below(tree)):
+        failure = wrong / max(1, correct + wrong)
+        q_values.append(1 - 2 * failure**tries if correct + wrong else 0.0)
+    return edited(tree, q_values)
 
 
 # -------------------------------------------------------------------------------- kinds of pairs
@@ -103,7 +115,7 @@ Pairs = list[tuple[int, int, float]]
 
 def weighed(pairs: list[tuple[int, int]]) -> Pairs:
     """Pairs with a weight of 1 for all of a tree."""
-    return [(win, lose, 1 / len(pairs)) for win, lose in sorted(set(pairs))]
+    return [(win, lose, 1 / len(set(pairs))) for win, lose in sorted(set(pairs))]
 
 
 def progress_pairs(tree: Tree, _: str, min_gap: float) -> Pairs:
@@ -126,6 +138,11 @@ def visited_siblings(tree: Tree) -> list[tuple[int, int]]:
             children.setdefault(node.parent, []).append(index)
     groups = children.values()
     return [(a, b) for group in groups for a in group for b in group if a != b]
+
+
+def prover_pairs(tree: Tree, pairs: str, min_gap: float) -> Pairs:
+    """The usual pairs, by the prover's Q."""
+    return sibling_pairs(prover_labels(tree), pairs, min_gap)
 
 
 def confident_pairs(tree: Tree, pairs: str, min_gap: float) -> Pairs:
@@ -186,7 +203,12 @@ def pairs(function: Callable) -> Row:
     return dataclasses.replace(BETTER, objective=Objective(function, correct_solutions, visited_q))
 
 
-BETTER = Row("--mse-weight 0.1", ALL_CORRECT)
+def with_targets(targets: Callable) -> Objective:
+    return dataclasses.replace(GOOD_STEPS, value=targets)
+
+
+TENTH = "--mse-weight 0.1 --margin-weight 0.05"  # of the value losses
+BETTER = Row(TENTH, ALL_CORRECT)
 ROWS = {
     "svpo": Row(),
     "rft": Row(objective=OBJECTIVES["rft"]),
@@ -201,29 +223,31 @@ ROWS = {
     "squared error 0.3": Row("--mse-weight 0.3"),
     "squared error 0.1": Row("--mse-weight 0.1"),
     "squared error 0.03": Row("--mse-weight 0.03"),
-    "value 0.1": Row("--mse-weight 0.1 --margin-weight 0.05"),
+    "value losses 0.1": Row(TENTH),
     "value detached": Row(detached=True),
     "alphamath, squared error 0.1": Row("--mse-weight 0.1", OBJECTIVES["alphamath"]),
     # why an untrained V in Q helps
-    "labels without V": Row(labels=outcome_labels),
-    "labels halved": Row(labels=halved_labels),
+    "labels without V": Row(labels=outcome_labels),  # pairs, good steps and V's targets
+    "targets without V": Row(objective=with_targets(q_of_outcomes)),  # V's targets alone
+    "targets halved": Row(objective=with_targets(half_of_q)),
     "search without V": Row(outcomes_only=True),
     "search without V, labels shrunk": Row(outcomes_only=True, labels=shrunk_labels),
-    "search without V, labels halved": Row(outcomes_only=True, labels=halved_labels),
+    "search without V, targets halved": Row(objective=with_targets(half_of_q), outcomes_only=True),
     "search without V, squared error 0.1": Row("--mse-weight 0.1", outcomes_only=True),
     "search without V, value detached": Row(outcomes_only=True, detached=True),
     # what the likelihood is of
     "all correct": Row(objective=ALL_CORRECT),
-    "all correct, squared error 0.1": BETTER,
-    "all correct, value 0.1": Row("--mse-weight 0.1 --margin-weight 0.05", ALL_CORRECT),
+    "all correct, squared error 0.1": Row("--mse-weight 0.1", ALL_CORRECT),
+    "all correct, value losses 0.1": BETTER,
+    "all correct, value losses 0.03": Row("--mse-weight 0.03 --margin-weight 0.015", ALL_CORRECT),
     "all correct, value detached": Row(objective=ALL_CORRECT, detached=True),
-    # changes to "all correct, squared error 0.1"
-    "preference 0": dataclasses.replace(BETTER, flags="--mse-weight 0.1 --policy-weight 0"),
-    "preference 0.2": dataclasses.replace(BETTER, flags="--mse-weight 0.1 --policy-weight 0.2"),
+    # changes to "all correct, value losses 0.1"
+    "no preference": dataclasses.replace(BETTER, flags=f"{TENTH} --policy-weight 0"),
+    "preference 0.2": dataclasses.replace(BETTER, flags=f"{TENTH} --policy-weight 0.2"),
     "pairs by progress": pairs(progress_pairs),
-    "pairs by a prover": dataclasses.replace(BETTER, labels=prover_labels),
+    "pairs by a prover": pairs(prover_pairs),
     "the most confident wrong leaf": pairs(confident_pairs),
-    "unvisited losers": pairs(pairs_with_unvisited),
+    "unvisited losers": pairs(pairs_with_unvisited),  # arithmetic has hardly any
     "solved in 20 to 80 %": dataclasses.replace(BETTER, kept=solved_sometimes),
 }
 
@@ -258,7 +282,7 @@ def trees_of(row: Row, job: Job, base: Path, questions: list) -> Path:
         search = dataclasses.replace(job.search, leaf_value=False)
         model = job.load(base / "sft")
         found = list(search_trees(model, job.train_tokenizer, questions, search, job.run.seed + 1))
-        write_trees(file, found, "w")
+        publish(file, lambda partial: write_trees(partial, found, "w"))
     return file
 
 
@@ -281,7 +305,8 @@ def measure(row: Row, seed: int, base: Path, folder: Path, common: list[str]) ->
         seconds = time.perf_counter() - begin
     policy = job.load(stage)
     valid = load_questions(f"{job.run.data}:valid", QUESTIONS)
-    found = {"training_seconds": seconds, "flags": row.flags}
+    steps = [line for _, line in read_log(stage.parent / "log.jsonl")]
+    found = {"training_seconds": seconds, "steps": len(steps), "flags": row.flags}
     for part, asked, strategies in (
         ("valid", valid, CHOOSING),
         ("test", splits["test"], REPORTED),
@@ -350,6 +375,7 @@ def mean_of_dropout(model: Llama, hidden: Tensor, dropout: Tensor | None = None)
     found = []
     for _ in range(8):
         kept = torch.rand(hidden.shape[-1], generator=random).ge(DROPOUT) / (1 - DROPOUT)
+        kept = kept.to(hidden.device)
         found.append(VALUE(model, hidden, kept))
     return torch.stack(found).mean(0)
 
@@ -384,8 +410,7 @@ def answer_ways(job: Job, stage: Path, judge: Path, questions: dict[str, list]) 
         for part, asked in questions.items():
             settings = (strategy, job.search, job.answering, job.run.seed)
             answered = answer_questions(policy, job.train_tokenizer, asked, *settings)
-            found[part] = answered["accuracy"]
-            found["sampled_tokens"] = answered["sampled_tokens"]
+            found[part] = {key: answered[key] for key in ("accuracy", "sampled_tokens")}
         Llama.value = VALUE
         yield found
 

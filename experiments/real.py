@@ -189,8 +189,6 @@ def round_command(
         words = f"{data} {FEW} {SEARCH} {HOT} {TUNE} --tune-lr {rate} {ROWS[row]} --limit {limit}"
         if row != "grpo" and start is None:
             words += f" --trees {folder}/trees-{seed}.jsonl"
-            kind = "solutions" if row == "dpo" else "steps"  # its pairs are others
-            words += f" --reference {folder}/reference-{kind}-{seed}-{limit}.safetensors"
     model = start or folder / "sft" / "sft"
     return f"train.py --model {model} {words} --seed {seed} --out {out}"
 
@@ -274,10 +272,12 @@ def run(config):
     file = config.out / "done.json"  # piece -> its seconds, over all tries
     done = read_json(file) if file.exists() else {}
     for name, command in pieces(config):
+        command = tiny(command) if config.tiny else command
         spent = done.get(name, {"seconds": 0, "done": False})
+        if spent["done"] and spent["command"] != command:
+            print(f"{name}: done before, with other flags: {spent['command']}")
         if spent["done"]:
             continue
-        command = tiny(command) if config.tiny else command
         print(f"\n{name}: python {command}", flush=True)
         begin = time.monotonic()
         script, *words = shlex.split(command)
@@ -346,20 +346,21 @@ def points(rows: list[dict], row: str, strategy: str) -> dict[int, list[float]]:
 
 
 def ahead(mine: dict[int, list[float]], other: dict[int, list[float]]) -> dict[int, list[float]]:
-    """Points ahead of another row, question by question: of the same seed, or of its only one."""
-    only = next(iter(other.values()), []) if len(other) == 1 else None
-    found = {}
-    for seed, right in mine.items():
-        theirs = other.get(seed, only)
-        if theirs is not None:
-            found[seed] = [a - b for a, b in zip(right, theirs)]
-    return found
+    """Points ahead of another row, question by question, for the seeds that both have."""
+    both = mine.keys() & other.keys()
+    return {seed: [a - b for a, b in zip(mine[seed], other[seed])] for seed in sorted(both)}
+
+
+def start_of(rows: list[dict], row: str, strategy: str) -> dict[int, list[float]]:
+    """The points of the SFT model, which every seed of a row starts from."""
+    sft = points(rows, "sft", strategy).get(0)
+    return {seed: sft for seed in points(rows, row, strategy) if sft}
 
 
 def estimate(found: dict[int, list[float]]) -> str:
     """The mean and its standard error: that over questions and that over seeds, added as squares.
 
-    With one seed, the error is that over questions alone.
+    With one seed, the error is that over questions alone, and a star says so.
     """
     if not any(found.values()):
         return "-"
@@ -368,7 +369,7 @@ def estimate(found: dict[int, list[float]]) -> str:
     error = statistics.stdev(questions) / math.sqrt(len(questions))
     if len(seeds) > 1:
         error = math.hypot(error, statistics.stdev(seeds) / math.sqrt(len(seeds)))
-    return f"{statistics.fmean(seeds):.1f} ± {error:.1f}"
+    return f"{statistics.fmean(seeds):.1f} ± {error:.1f}" + "*" * (len(seeds) == 1)
 
 
 def names_of(rows: list[dict]) -> list[str]:
@@ -405,13 +406,15 @@ def differences_table(rows: list[dict]) -> Table:
     """Points ahead of other rows and of greedy answers, question by question."""
     lines = []
     for name in names_of(rows):
+        if name == "sft":
+            continue
         greedy, beam = points(rows, name, "greedy"), points(rows, name, "beam:1,5")
         pairs = [
-            (greedy, points(rows, "sft", "greedy")),
+            (greedy, start_of(rows, name, "greedy")),
             (greedy, points(rows, "svpo", "greedy")),
             (beam, points(rows, "svpo", "beam:1,5")),
             (beam, greedy),
-            (points(rows, name, "gsm8k greedy"), points(rows, "sft", "gsm8k greedy")),
+            (points(rows, name, "gsm8k greedy"), start_of(rows, name, "gsm8k greedy")),
         ]
         lines.append([name, *(estimate(ahead(*pair)) for pair in pairs)])
     headings = ["greedy - sft's", "greedy - svpo's", "SBS(1,5) - svpo's", "SBS(1,5) - greedy"]
@@ -462,7 +465,8 @@ def blocks(rows: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
     headings = ["greedy", "greedy - sft's", "SBS(1,5)", "SBS(1,5) - greedy"]
     lines = []
     for name, *cells in answered.lines:
-        other = next(line for line in ahead_of.lines if line[0] == name)
+        nothing = [name, *["-"] * len(ahead_of.headings)]
+        other = next((line for line in ahead_of.lines if line[0] == name), nothing)
         lines.append([name, cells[1], other[1], cells[2], other[4]])
     return {"real": Table(["row", *headings], lines).markdown()}, full
 

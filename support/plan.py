@@ -164,7 +164,7 @@ def pack_room(sizes: Sizes, gpus: int, run, train, free: float) -> int:
     return int((free - fixed) // each)
 
 
-def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, losses, answering):
+def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, groups: bool):
     """Print the plan of a run, given the dataclasses of train.py's flags; only rank 0 does."""
     if rank():
         return
@@ -183,10 +183,7 @@ def print_plan(sizes: Sizes, searches: list[Searching], run, train, search, loss
             left = usable - sizes.training_weights / gpus
             room = max(1, pack_room(sizes, gpus, run, train, left))
             parts = training_memory(sizes, lengths, gpus, run, replace(train, pack_tokens=room))
-        if losses.objective in (
-            "grpo",
-            "lambda-grpo",
-        ):  # an unsharded copy samples between the steps
+        if groups:  # an unsharded copy samples between the steps
             parts["activations"] += sizes.weights
         training = parts["state"] + parts["gathered"] + parts["activations"]
         phases = {"loading": parts["loading"], "search": searching, "training": training}

@@ -13,11 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from data import StepTokenizer, load_questions, read_trees
 from model import load_model
-from svpo import LossConfig, compared, rescore
+from svpo import LossConfig, compared, learn, rescore
 
 QUESTIONS = 300
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -200,8 +199,9 @@ def test_trees_of_a_few_shot_prompt_are_trained_under_another(work):
     plain = rescore(load_model(folder / "model"), asked)
     wanted = []
     for tree in plain:
-        read = compared(tree, LossConfig())  # by the preference loss
-        wanted += [tree.nodes[index].logp for index in read] if len(read) > 1 else []
+        lesson = learn(tree, LossConfig())
+        read = compared(lesson)  # by the preference loss
+        wanted += [lesson.tree.nodes[index].logp for index in read] if len(read) > 1 else []
     wanted = torch.tensor(wanted)
     assert 4 < len(wanted) < sum(len(tree.nodes) for tree in plain)
     torch.testing.assert_close(stored, wanted, atol=1e-3, rtol=1e-4)
@@ -221,15 +221,6 @@ def test_training_on_trees_that_were_searched_before(work):
     found = {tree.id: tree for tree in read_trees(folder / "run" / "round1" / "trees-0.jsonl")}
     assert len(given) == 12 and len(found) == 16  # four are searched, the last fifth is held out
     assert all(found[identity] == tree for identity, tree in given.items())
-    own = folder / "run" / "round1" / "reference.safetensors"
-    shared = ["--trees", "run/round1/trees-0.jsonl", "--reference", "shared.safetensors"]
-    for name in ("one", "two"):  # writes the shared reference, reads it
-        finish(start(*train, *shared, "--out", name, cwd=folder))
-        assert torch.equal(*(load_file(file)["logp"] for file in (own, folder / shared[-1])))
-        assert not (folder / name / "round1" / own.name).exists()
-    assert "computed with other trees" in refused(
-        *train, *shared[2:], "--limit", "13", "--out", "three", cwd=folder
-    )
     write_rows(folder / "few.jsonl", [{**row, "id": str(n)} for n, row in enumerate(rows[1:21])])
     for file in ("given.jsonl", "missing.jsonl"):
         process = start(*train, "--out", "other", "--trees", file, cwd=folder)

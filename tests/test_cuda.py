@@ -307,8 +307,9 @@ def test_scores_and_files_of_a_gpu(gpu, model, tokenizer, tmp_path):
         for name in ("logp", "value"):
             values = [getattr(node, name) for node in other.nodes]
             assert [getattr(node, name) for node in one.nodes] == pytest.approx(values, abs=1e-4)
-    add_reference(ours, trees, LossConfig(), tmp_path / "reference")
-    add_reference(model, trees, LossConfig(), tmp_path / "reference")  # the same fingerprints
+    lessons = [learn(tree, LossConfig()) for tree in trees]
+    add_reference(ours, lessons, tmp_path / "reference")
+    add_reference(model, lessons, tmp_path / "reference")  # the same fingerprints
     save_model(ours, tmp_path / "model")
     again = load_model(tmp_path / "model", CUDA)
     for name, parameter in again.named_parameters():

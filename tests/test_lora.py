@@ -133,7 +133,7 @@ def test_a_killed_run_resumes_its_adapters(tuned, tmp_path):
     same(weights(tmp_path, "round1"), weights(tuned, "round1"), 0)
 
 
-@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+@pytest.mark.parametrize("objective", ["grpo", "dpo", "dvo"])
 def test_objectives_with_adapters(tmp_path, objective):
     """Catches an objective that does not see the adapters: GRPO samples from merged weights."""
     short = ["--valid-questions", "1", "--test-limit", "1"]
