@@ -221,9 +221,13 @@ def visited_q(tree: Tree) -> list[float | None]:
     return [node.q_value if node.visit_count else None for node in tree.nodes]
 
 
-def visited_steps_q(tree: Tree) -> list[float | None]:
-    """Q of the steps that the search has visited."""
-    return [None, *visited_q(tree)[1:]]
+def gains(tree: Tree) -> list[float | None]:
+    """Q of each visited step less Q of the prefix before it: what the step gains."""
+    found = [None]
+    for node in tree.nodes[1:]:
+        gain = node.q_value - tree.nodes[node.parent].q_value
+        found.append(gain if node.visit_count else None)
+    return found
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -252,13 +256,14 @@ def step_dpo(
     return -F.logsigmoid(beta * ((policy_win_P - ref_win_P) - (policy_lose_P - ref_lose_P)))
 
 
-def q_regression(policy_E: Tensor, ref_E: Tensor, q_E: Tensor, beta: float) -> Tensor:
-    """Squared error of the implicit reward against Q, of each node (E,):
-    (beta * (log pi - log ref) - Q)^2.
+def implicit_mse(policy_E: Tensor, ref_E: Tensor, target_E: Tensor, beta: float) -> Tensor:
+    """Squared error of the implicit reward of each node (E,):
+    (beta * (log pi - log ref) - target)^2.
 
-    After summaries of DVO (arXiv 2502.13723), whose own equation could not be read.
+    DVO (arXiv 2502.13723), whose published trainer takes the gain in value as the target. Its paper
+    could not be read.
     """
-    return (beta * (policy_E - ref_E) - q_E).square()
+    return (beta * (policy_E - ref_E) - target_E).square()
 
 
 def value_mse(value_E: Tensor, q_E: Tensor) -> Tensor:
@@ -302,7 +307,7 @@ OBJECTIVES = {
     "svpo": Objective(sibling_pairs, good_steps, visited_q),
     "step-dpo": Objective(sibling_pairs),
     "dpo": Objective(solution_pair, whole_solutions=True),
-    "dvo": Objective(implicit=visited_steps_q),
+    "dvo": Objective(implicit=gains),
     "rft": Objective(likelihood=correct_solutions),
     "alphamath": Objective(likelihood=correct_solutions, value=visited_q),
     "tree-grpo": Objective(likelihood=sibling_advantages),
@@ -621,7 +626,7 @@ def loss_sums(
         policy_win_P, policy_lose_P, ref_win_P, ref_lose_P, config.beta
     )
     if objective.implicit:
-        error_E = q_regression(policy_E, ref_E, batch.implicit_target_E, config.beta)
+        error_E = implicit_mse(policy_E, ref_E, batch.implicit_target_E, config.beta)
         preference = batch.implicit_mask_E * error_E
     else:
         preference = weight_P * preference_P

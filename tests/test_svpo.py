@@ -21,10 +21,10 @@ from svpo import (
     correct_solutions,
     good_steps,
     group_advantages,
+    implicit_mse,
     learn,
     loss_sums,
     pack,
-    q_regression,
     rescore,
     score,
     shared_advantages,
@@ -110,7 +110,9 @@ def test_lessons_leave_out_what_no_loss_reads():
     assert [item.q_value for item in only.tree.nodes] == [0.1, 0.5, -0.5, 1.0, -1.0]
     assert only.value == [None] * 5
     direct = learn(TREE, LossConfig("dvo"))
-    assert direct.implicit == [None, *lesson.value[1:]] and direct.value == [None] * 8
+    wanted = [0.4, -0.6, 0.15, 0.5, -1.5, -0.5, -1.25]
+    assert direct.implicit[0] is None and direct.implicit[1:] == pytest.approx(wanted)
+    assert direct.value == [None] * 8
     nothing = learn(tree_of(*TREE.nodes[:5]), LossConfig("step-dpo"))
     assert len(nothing.tree.nodes) == 1 and nothing.pairs == []
 
@@ -178,7 +180,7 @@ def test_step_dpo_closed_form():
 def test_value_losses_closed_form():
     """Catches a margin with the wrong sign, a mean taken inside, and an implicit reward without its
     reference."""
-    implicit = q_regression(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([1.0]), 0.25)
+    implicit = implicit_mse(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([1.0]), 0.25)
     assert implicit.tolist() == [0.25]
     squared = value_mse(torch.tensor([0.5, -1.0]), torch.tensor([1.0, -1.0]))
     assert squared.tolist() == [0.25, 0.0]
@@ -425,13 +427,14 @@ def test_tree_grpo_is_step_dpo_while_nothing_is_learned(model):
 def test_dvo_against_separate_paths(model, tokenizer):
     """Catches targets on other steps, the root among them, and a mean over something else."""
     trees = searched(model, tokenizer)
-    nodes = [item for tree in trees for item in tree.nodes]
-    policy_E, _ = by_path(model, trees)
+    policy = iter(by_path(model, trees)[0])
     config = LossConfig("dvo", policy_weight=1.0, beta=0.1)
     terms = []
-    for item, logp in zip(nodes, policy_E):
-        if item.parent >= 0 and item.visit_count:
-            terms.append((0.1 * (logp - item.logp) - item.q_value) ** 2)
+    for tree in trees:
+        for item, logp in zip(tree.nodes, policy):
+            if item.parent >= 0 and item.visit_count:
+                gain = item.q_value - tree.nodes[item.parent].q_value
+                terms.append((0.1 * (logp - item.logp) - gain) ** 2)
     loss, _ = measure(model, trees, config)
     torch.testing.assert_close(loss, torch.stack(terms).mean(), atol=1e-5, rtol=1e-4)
 
