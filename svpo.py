@@ -16,6 +16,7 @@ Dimension key: T tokens of a pack, X entries of one flat list, M sampled tokens,
 import dataclasses
 import hashlib
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -194,18 +195,23 @@ def sibling_advantages(tree: Tree) -> list[tuple[float, float]]:
     reward, each step counts once, siblings with equal Q have no advantage, and the trees are those
     of the policy before training.
     """
-    groups = {}
-    for index, node in enumerate(tree.nodes[1:], 1):
-        if node.visit_count:
-            groups.setdefault(node.parent, []).append(index)
     found = [(0.0, 0.0)] * len(tree.nodes)
-    for group in groups.values():
+    for group in visited_siblings(tree):
         q = [tree.nodes[index].q_value for index in group]
         spread = statistics.pstdev(q)
         if spread > 1e-6:  # equal, but for rounding
             for index, mine in zip(group, q):
                 found[index] = ((mine - statistics.fmean(q)) / spread, 1.0)
     return found
+
+
+def visited_siblings(tree: Tree) -> list[list[int]]:
+    """The visited children of each node that has any."""
+    groups = {}
+    for index, node in enumerate(tree.nodes[1:], 1):
+        if node.visit_count:
+            groups.setdefault(node.parent, []).append(index)
+    return list(groups.values())
 
 
 def all_steps(tree: Tree) -> list[tuple[float, float]]:
@@ -576,12 +582,15 @@ class Batch:
         weights = [weight for lesson in lessons for weight, _ in lesson.likelihood]
         counts_E = torch.tensor([count for lesson in lessons for _, count in lesson.likelihood])
         self.weight_E = tensor(weights)  # how often the log pi of a node's tokens enters the sum
-        value = [target for lesson in lessons for target in lesson.value]
-        implicit = [target for lesson in lessons for target in lesson.implicit]
-        self.value_mask_E = tensor([float(target is not None) for target in value])
-        self.value_target_E = tensor([target or 0.0 for target in value])
-        self.implicit_mask_E = tensor([float(target is not None) for target in implicit])
-        self.implicit_target_E = tensor([target or 0.0 for target in implicit])
+
+        def targets(of_lessons):
+            """A mask of the nodes that have a target, and the targets (0 without one)."""
+            found = list(itertools.chain(*of_lessons))
+            mask_E = tensor([float(target is not None) for target in found])
+            return mask_E, tensor([target or 0.0 for target in found])
+
+        self.value_mask_E, self.value_target_E = targets(one.value for one in lessons)
+        self.implicit_mask_E, self.implicit_target_E = targets(one.implicit for one in lessons)
         self.ref_E = tensor([node.logp for node in packed.nodes])
         # the nodes whose log pi a loss reads, on the CPU
         self.needed_E = (counts_E > 0) | (self.implicit_mask_E.cpu() > 0)
@@ -667,16 +676,17 @@ def total_loss(sums: dict[str, Tensor], counts: Mapping[str, float], config: Los
 # ---------------------------------------------------------------------------------- the reference
 
 
-def fingerprints(model: Llama, lessons: list[Lesson]) -> dict[str, str]:
-    """Hashes of a model's weights, of the tokens of trees, and of the nodes that are compared."""
+def fingerprints(model: Llama, trees: list[Tree]) -> dict[str, str]:
+    """Hashes of a model's weights, and of the tokens of trees."""
     weights = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
         weights.update(name.encode() + numbers.tobytes())
-    trees = [lesson.tree for lesson in lessons]
-    steps = [[tree.id, [(node.parent, node.tokens) for node in tree.nodes]] for tree in trees]
-    nodes = list(map(compared, lessons))
-    return {"weights": weights.hexdigest(), "trees": digest(steps), "nodes": digest(nodes)}
+    steps = hashlib.blake2b(digest_size=8)
+    for tree in trees:
+        nodes = [(node.parent, node.tokens) for node in tree.nodes]
+        steps.update(json.dumps([tree.id, nodes]).encode())
+    return {"weights": weights.hexdigest(), "trees": steps.hexdigest()}
 
 
 def compared(lesson: Lesson) -> list[int]:
@@ -692,10 +702,11 @@ def add_reference(model: Llama, lessons: list[Lesson], file: Path, pack_tokens: 
     They are read from `file`, or computed by one pass (`rescore`, each rank its share) and kept
     there with fingerprints. InputError if the file belongs to other weights, trees or nodes.
     """
-    read = [(lesson.tree, compared(lesson)) for lesson in lessons]
-    read = [(tree, indices) for tree, indices in read if len(indices) > 1]
+    trees = [lesson.tree for lesson in lessons]
+    kept = list(map(compared, lessons))
+    read = [(tree, indices) for tree, indices in zip(trees, kept) if len(indices) > 1]
     nodes = [tree.nodes[index] for tree, indices in read for index in indices]
-    marks = fingerprints(model, lessons)
+    marks = {**fingerprints(model, trees), "nodes": digest(kept)}
     if file.exists():
         logp = read_reference(file, marks, len(nodes))
     else:

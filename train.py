@@ -600,18 +600,16 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         raise InputError(
             f"{stage.name}: no tree has a step that --objective {losses.objective} learns from"
         )
-    if OBJECTIVES[losses.objective].reference and not train.lora_rank:  # with LoRA while training
-        # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
-        policy = job.load(previous, "float32")
-        add_reference(policy, lessons, stage / "reference.safetensors", train.pack_tokens)
-        del policy
     seed = job.run.seed + number
     count = len(lessons or questions)
     steps = max(1, train.tune_epochs * count // batch) if number else train.sft_steps
     # weights are float32 whatever the type to compute in; those that LoRA freezes are not
     model = job.load(previous, "" if train.lora_rank else "float32")
-    if train.lora_rank:
+    if train.lora_rank:  # the reference is computed while training
         add_lora(model, train.lora_rank, seed)
+    elif OBJECTIVES[losses.objective].reference:
+        # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
+        add_reference(model, lessons, stage / "reference.safetensors", train.pack_tokens)
     for block in model.model.layers:
         block.recompute = train.recompute
     computing = shard(model, job.run.dtype)
