@@ -5,11 +5,12 @@
     python experiments/ladder.py --gradients                    how alike objectives' gradients are
 
 Every row trains one round from the same SFT model of a seed, on the same trees, and answers the
-validation and the test questions. We choose by validation and report test. Rows without trees that
-teach them take fewer steps; the line says how many. V is trained where a row has targets for it. A
-row appends a line to experiments/ladder.jsonl; run the same command again to resume.
+validation and the test questions. We choose by validation and report test. A row that learns from
+fewer trees takes fewer steps; its line says how many. Rows without targets of V (rft, dvo and the
+three kinds of GRPO) leave it untrained, so their beams choose at random. A row appends a line to
+experiments/ladder.jsonl; run the same command again to resume.
 
-Dimension key: E nodes of a pack.
+Dimension key: T tokens.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,22 +44,18 @@ from support.flags import run_command
 from support.progress import read_log
 from svpo import (
     OBJECTIVES,
-    Batch,
     LossConfig,
     Objective,
     correct_solutions,
     good_steps,
-    group_by_tokens,
     learn,
-    loss_sums,
     outcomes_below,
     rescore,
-    score,
     sibling_pairs,
-    total_loss,
     visited_q,
+    visited_siblings,
 )
-from train import DROPOUT, Job, train_stage
+from train import DROPOUT, Job, TrainConfig, backward, train_stage
 
 REPORTED = ("greedy", "beam:1,5", "beam:3,5")  # on test questions
 CHOOSING = ("greedy", "beam:1,5")  # on validation questions
@@ -114,30 +110,22 @@ Pairs = list[tuple[int, int, float]]
 
 
 def weighed(pairs: list[tuple[int, int]]) -> Pairs:
-    """Pairs with a weight of 1 for all of a tree."""
-    return [(win, lose, 1 / len(set(pairs))) for win, lose in sorted(set(pairs))]
+    """Each pair once; those of a tree weigh 1 together."""
+    different = sorted(set(pairs))
+    return [(win, lose, 1 / len(different)) for win, lose in different]
 
 
 def progress_pairs(tree: Tree, _: str, min_gap: float) -> Pairs:
     """Winners gain on their parent's Q, losers lose; Q itself may have either sign."""
     correct, wrong = outcomes_below(tree)
     pairs = []
-    for win, lose in visited_siblings(tree):
-        q_win, q_lose = tree.nodes[win].q_value, tree.nodes[lose].q_value
-        between = q_win > tree.nodes[tree.nodes[win].parent].q_value > q_lose
-        if between and q_win - q_lose >= min_gap and correct[win] and wrong[lose]:
-            pairs.append((win, lose))
+    for group in visited_siblings(tree):
+        for win, lose in itertools.permutations(group, 2):
+            q_win, q_lose = tree.nodes[win].q_value, tree.nodes[lose].q_value
+            between = q_win > tree.nodes[tree.nodes[win].parent].q_value > q_lose
+            if between and q_win - q_lose >= min_gap and correct[win] and wrong[lose]:
+                pairs.append((win, lose))
     return weighed(pairs)
-
-
-def visited_siblings(tree: Tree) -> list[tuple[int, int]]:
-    """Every ordered pair of visited siblings."""
-    children = {}
-    for index, node in enumerate(tree.nodes[1:], 1):
-        if node.visit_count:
-            children.setdefault(node.parent, []).append(index)
-    groups = children.values()
-    return [(a, b) for group in groups for a in group for b in group if a != b]
 
 
 def prover_pairs(tree: Tree, pairs: str, min_gap: float) -> Pairs:
@@ -360,7 +348,8 @@ def value_of(model: Llama) -> Callable[[Node], float]:
     def score(node):
         steps = node.path()
         tokens = [token for step in [steps[0].parent, *steps] for token in step.tokens]
-        return model(torch.tensor([tokens]))[1][0, -1].item()
+        token_1T = torch.tensor([tokens], device=model.output_weight().device)
+        return model(token_1T)[1][0, -1].item()
 
     return score
 
@@ -375,8 +364,7 @@ def mean_of_dropout(model: Llama, hidden: Tensor, dropout: Tensor | None = None)
     found = []
     for _ in range(8):
         kept = torch.rand(hidden.shape[-1], generator=random).ge(DROPOUT) / (1 - DROPOUT)
-        kept = kept.to(hidden.device)
-        found.append(VALUE(model, hidden, kept))
+        found.append(VALUE(model, hidden, kept.to(hidden.device)))
     return torch.stack(found).mean(0)
 
 
@@ -432,16 +420,9 @@ TREES = 200  # that gradients are taken on
 
 def gradient(model: Llama, trees: list[Tree], losses: LossConfig) -> Tensor:
     """The gradient of the trunk, flat."""
-    batches = []
-    for group in group_by_tokens(trees, 8192):
-        batches.append(Batch([learn(trees[index], losses) for index in group], losses))
-    counts = Counter()
-    for batch in batches:
-        counts.update(batch.counts)
     model.zero_grad()
-    for batch in batches:
-        sums = loss_sums(*score(model, batch.packed, batch.needed_E), batch, losses)
-        total_loss(sums, counts, losses).backward()
+    lessons = [learn(tree, losses) for tree in trees]
+    backward(model, list(enumerate(lessons)), losses, TrainConfig(pack_tokens=8192), seed=0, step=0)
     return torch.cat([one.grad.flatten() for one in model.model.parameters()])
 
 
