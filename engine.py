@@ -318,6 +318,14 @@ class TreeCache:
         """The flat line (1, X, ...) of what is laid out by rows (B, N, ...)."""
         return out_BN[self.row_X, self.column_X].unsqueeze(0)
 
+    def keep(self, rows: list[int]):
+        """Keep these rows alone, numbered from 0; the memory of the others is not read again."""
+        for layer in range(len(self.slots_L2BSGK)):  # one at a time: each copies what it keeps
+            self.slots_L2BSGK[layer, :, : len(rows)] = self.slots_L2BSGK[layer][:, rows]
+            self.store_L2BSGK[layer, :, : len(rows)] = self.store_L2BSGK[layer][:, rows]
+        self.slots_L2BSGK = self.slots_L2BSGK[:, :, : len(rows)]
+        self.store_L2BSGK = self.store_L2BSGK[:, :, : len(rows)]
+
     def put_away(self, row: int, slot_C: Tensor, place: int):
         """Copy a step's tokens from these slots of a row to its store, from `place` on."""
         step = slice(place, place + len(slot_C))
@@ -531,10 +539,26 @@ class Engine:
             # at least an eighth of the rows at a time, because their prompts are fed together
             if self.waiting and 8 * len(free) >= len(self.searches):
                 yield from self.start_searches(free, start)
+            elif not (self.waiting or self.static) and 2 * len(free) >= len(self.searches):
+                self.drop_rows(free)
             if any(lane.live for lane in self.lanes):
                 self.decode()
                 for row in self.finish_steps():
                     yield from self.advance(row)
+
+    def drop_rows(self, free: list[int]):
+        """Go on without these rows: a pass would read them for nothing."""
+        kept = [row for row in range(len(self.searches)) if row not in set(free)]
+        self.cache.keep(kept)
+        self.searches = [self.searches[row] for row in kept]
+        self.free_slots = [self.free_slots[row] for row in kept]
+        self.end_slot = [self.end_slot[row] for row in kept]
+        self.mask_BNS = self.mask_BNS[kept]
+        lanes = [lane for row in kept for lane in self.lanes_of(row)]
+        self.tick.hidden_WD = self.tick.hidden_WD[[lane.number for lane in lanes]]
+        for number, lane in enumerate(lanes):
+            lane.number, lane.row = number, number // self.demand.lanes
+        self.lanes = lanes
 
     # -------------------------------------------------------------------------------------- prompts
 
