@@ -22,7 +22,9 @@ import json
 import math
 import re
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import time
 import zlib
@@ -33,10 +35,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from data import load_questions
-from experiments.gsm8k import within
 from experiments.results import Table
 from support.files import head_commit, read_json, write_json, write_lines
-from support.flags import run_command
+from support.flags import InputError, run_command
 
 QUESTIONS = "mawps:singleop mawps:addsub mawps:multiarith svamp:test"
 PARTS = ("test",) * 3 + ("valid",) + ("search",) * 6  # of ten questions
@@ -268,7 +269,7 @@ def run(config):
     end = time.monotonic() + 60 * config.minutes
     cut_questions(config.out / "questions", config.data_dir)
     for folder in ("results", "found", "choices"):
-        (config.out / folder).mkdir(exist_ok=True)
+        (config.out / folder).mkdir(parents=True, exist_ok=True)
     file = config.out / "done.json"  # piece -> its seconds, over all tries
     done = read_json(file) if file.exists() else {}
     for name, command in pieces(config):
@@ -291,6 +292,29 @@ def run(config):
             print("not done; run the same command again")
             return
     print("done")
+
+
+def within(words: list, end: float, grace: float) -> bool:
+    """Run a Python script until it ends or the time is over; returns whether it ended.
+
+    It is asked to stop at `end`, and killed if it has not stopped `grace` seconds later.
+    InputError if it fails.
+    """
+    process = subprocess.Popen([sys.executable, *words])
+    try:
+        process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return False
+    if process.returncode:
+        status = process.returncode
+        raise InputError(f"{words[0]} ended with status {status}; its message stands above")
+    return True
 
 
 def tiny(command: str) -> str:

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
 from conftest import ROOT
 
 from data import RECIPES, SourceConfig
 from eval import AnswerConfig, EvalConfig
 from experiments import real
 from mcts import SearchConfig, TreesConfig
-from support.flags import parse_args
+from support.files import read_json
+from support.flags import InputError, parse_args
 from svpo import LossConfig
 from train import RunConfig, TrainConfig
 
@@ -63,6 +65,31 @@ def test_every_piece_names_flags_that_exist(tmp_path):
         if script in scripts:
             parse_args("", scripts[script], words, recipes=RECIPES)
     assert len(set(names)) == len(names) > 100
+
+
+@pytest.mark.parametrize("line", ["time.sleep(30)", "sys.exit(3)"])
+def test_pieces_go_on_where_they_stopped(tmp_path, monkeypatch, capfd, line):
+    """Catches pieces that run twice, one that is cut off or fails and counts as done, and a stop
+    that takes no notice of the minutes."""
+    monkeypatch.setattr(real, "cut_questions", lambda folder, data_dir: None)
+    script = tmp_path / "piece.py"
+    named = [(name, f"{script} {name}") for name in ("one", "two")]
+    monkeypatch.setattr(real, "pieces", lambda config: named)
+    config = SimpleNamespace(out=tmp_path / "out", data_dir=tmp_path, minutes=0.1, tiny=False)
+    script.write_text(f"import sys, time\nprint('ran', sys.argv[1])\nif 'two' in sys.argv: {line}")
+    if "exit" in line:
+        with pytest.raises(InputError, match="ended with status 3"):
+            real.run(config)
+    else:
+        real.run(config)
+        assert capfd.readouterr().out.endswith("run the same command again\n")
+    script.write_text("import sys\nprint('ran again', sys.argv[1])")
+    config.minutes = 1
+    real.run(config)
+    printed = capfd.readouterr().out
+    assert "ran again two\n" in printed and "ran again one" not in printed
+    done = read_json(config.out / "done.json")
+    assert [piece["done"] for piece in done.values()] == [True, True]
 
 
 def measured() -> tuple[list[dict], list[dict]]:
