@@ -235,6 +235,9 @@ ROWS = {
     "pairs by progress": pairs(progress_pairs),
     "pairs by a prover": pairs(prover_pairs),
     "the most confident wrong leaf": pairs(confident_pairs),
+    "search without V, all correct, value losses 0.1": dataclasses.replace(
+        BETTER, outcomes_only=True
+    ),
     "unvisited losers": pairs(pairs_with_unvisited),  # arithmetic has hardly any
     "solved in 20 to 80 %": dataclasses.replace(BETTER, kept=solved_sometimes),
 }
