@@ -32,7 +32,7 @@ TOKENIZER, EOS = task_tokenizer(TASK), 0  # digits, operators, " -> ", " #### ",
 MODEL = TOKENIZER.get_vocab_size(), 64, 192, 4, 4, 2, 16  # in the order of LlamaConfig's fields
 SIMULATIONS, EXPAND_WIDTH, C_PUCT, TEMPERATURE = 16, 5, 1.25, 1.0  # AlphaMath: 40 simulations
 MAX_DEPTH, MAX_STEP_TOKENS, MIN_GAP, BETA, MARGIN = 5, 16, 0.5, 0.3, 0.5  # our choice, as are:
-POLICY_WEIGHT, SFT_WEIGHT, MSE_WEIGHT, MARGIN_WEIGHT = 0.05, 1.0, 1.0, 0.5
+POLICY_WEIGHT, SFT_WEIGHT, MSE_WEIGHT, MARGIN_WEIGHT = 0.05, 1.0, 0.1, 0.05
 
 
 @dataclass(eq=False)
@@ -43,15 +43,13 @@ class Node:
     state: list[int]  # tokens of the question and of all steps down to this one
     tokens: list[int] = field(default_factory=list)  # those of this step
     depth: int = 0
-    ending: str | None = (
-        None  # None: may go on; "answer", "eos", "cut", "deep": terminal; or "open"
-    )
+    ending: str | None = None  # "answer", "eos", "cut" or "deep" of terminal steps; or "open"
     logp: float = 0.0  # log pi(tokens | state of the parent) of the policy that sampled them
     value: float = 0.0  # V(state), between -1 (it will end wrong) and 1 (right)
     children: list["Node"] = field(default_factory=list)
     visit_count: int = 0  # N
     q_value: float = 0.0  # Q, the mean of what was backed up through this step
-    outcomes: set = field(default_factory=set)  # 1 or -1, of terminal steps at or below
+    outcomes: list = field(default_factory=list)  # 1 or -1, of terminal steps at or below
     closed: bool = False  # everything below is terminal or closed
 
 
@@ -137,8 +135,8 @@ def mcts(model: Llama, question, seed: int) -> Node:
             if child.ending:
                 answer = extract_answer(TOKENIZER.decode(child.tokens))
                 right = child.ending == "answer" and is_correct(answer, question.answer)
-                backup(child, 1 if right else -1, {1 if right else -1})
-        backup(leaf, leaf.value, set())  # AlphaMath eq. 5: reward of terminal steps, V of others
+                backup(child, 1 if right else -1, [1 if right else -1])
+        backup(leaf, leaf.value, [])  # AlphaMath eq. 5: reward of terminal steps, V of others
     return root
 
 
@@ -165,12 +163,12 @@ def puct(step: Node) -> float:
     return step.q_value + C_PUCT * prior * step.parent.visit_count**0.5 / (1 + step.visit_count)
 
 
-def backup(node: Node | None, value: float, outcomes: set):
+def backup(node: Node | None, value: float, outcomes: list):
     """Add an evaluation, and the outcome of a terminal step, to a step and to all above it."""
     while node:
         node.visit_count += 1
         node.q_value += (value - node.q_value) / node.visit_count
-        node.outcomes |= outcomes
+        node.outcomes += outcomes
         node = node.parent
 
 
@@ -188,10 +186,9 @@ def step_pairs(parent: Node) -> list[tuple[Node, Node]]:
 
 def svpo_losses(model: Llama, trees: list[Node]) -> dict:
     """4. Training. The loss of searched trees. (AlphaMath's dropout before V is left out here.)"""
-    nodes, good = list(trees), list(trees)
-    for node in nodes:  # both lists grow: visited steps, and good steps whose parents are good
+    nodes = list(trees)
+    for node in nodes:  # the list grows
         nodes += [child for child in node.children if child.visit_count]
-        good += decided(node, 1) if node in good else []
     solved = [pairs for pairs in map(step_pairs, trees) if pairs]  # each such tree weighs the same
     pairs = [(*pair, 1 / len(pairs) / len(solved)) for pairs in solved for pair in pairs]
     logp, value = (dict(zip(nodes, x_B)) for x_B in read(model, nodes)[1:])
@@ -199,8 +196,10 @@ def svpo_losses(model: Llama, trees: list[Node]) -> dict:
     reward = {node: BETA * (logp[node] - node.logp) for node in nodes}
     # Preference (DPO eq. 7, on steps): the winner's implicit reward should exceed the loser's.
     policy = sum(weight * -F.logsigmoid(reward[w] - reward[l]) for w, l, weight in pairs)
-    # Likelihood of good steps (SVPO summary), a mean over tokens.
-    sft = sum(-logp[step] for step in good) / max(1, sum(len(step.tokens) for step in good))
+    # Likelihood of right solutions (SVPO summary), a mean over tokens. They share steps.
+    right = {node: node.outcomes.count(1) for node in nodes}
+    tokens = sum(count * len(step.tokens) for step, count in right.items())
+    sft = sum(count * -logp[step] for step, count in right.items()) / max(1, tokens)
     mse = sum((value[node] - node.q_value) ** 2 for node in nodes) / len(nodes)  # SVPO summary
     # Margin: V of the winner should exceed V of the loser by MARGIN (SVPO summary).
     margin = sum(weight * F.relu(MARGIN - (value[w] - value[l])) for w, l, weight in pairs)

@@ -44,17 +44,18 @@ class LossConfig:
 
     objective: str = flag(
         "svpo",
-        "svpo, step-dpo, dpo (solutions), dvo, rft, alphamath, tree-grpo, grpo or lambda-grpo",
+        "svpo, svpo-good-steps, step-dpo, dpo (solutions), dvo, rft, alphamath, tree-grpo, grpo or "
+        "lambda-grpo",
     )
     beta: float = flag(
         0.3, "strength of the reference in DPO (beta); arXiv 2409.08642: 0.3", least=0
     )
     policy_weight: float = flag(0.5, "weight of the preference loss (a_policy)", least=0)
-    sft_weight: float = flag(0.5, "weight of the likelihood of good steps (a_sft)", least=0)
+    sft_weight: float = flag(0.5, "weight of the likelihood of right solutions (a_sft)", least=0)
     mse_weight: float = flag(
-        1.0, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0
+        0.1, "weight of the value's squared error (a_mse); AlphaMath: 0.1", least=0
     )
-    margin_weight: float = flag(0.5, "weight of the value's margin loss (a_margin)", least=0)
+    margin_weight: float = flag(0.05, "weight of the value's margin loss (a_margin)", least=0)
     margin: float = flag(0.5, "V_win - V_lose that the margin loss asks for (m)", least=0)
     pairs: str = flag(
         "all",
@@ -140,10 +141,9 @@ def solution_pair(tree: Tree, *_) -> list[tuple[int, int, float]]:
 
 
 def good_steps(tree: Tree) -> list[tuple[float, float]]:
-    """SVPO's extra SFT term (SVPO summary: over correct solutions).
+    """The steps that search thinks good, in place of all that end right.
 
-    Our choice: steps with Q > 0 and a correct terminal at or below them, if all their ancestors
-    qualify, too.
+    These have Q > 0 and a correct terminal at or below them, as all their ancestors have.
     """
     correct, _ = outcomes_below(tree)
     good = [True] + [False] * (len(tree.nodes) - 1)
@@ -154,7 +154,7 @@ def good_steps(tree: Tree) -> list[tuple[float, float]]:
 
 
 def correct_solutions(tree: Tree) -> list[tuple[float, float]]:
-    """Every correct solution once (RFT, arXiv 2308.01825; AlphaMath eq. 7).
+    """Every correct solution once (SVPO summary; RFT, arXiv 2308.01825; AlphaMath eq. 7).
 
     A step counts as often as it is part of one.
     """
@@ -310,7 +310,8 @@ class Objective:
 
 
 OBJECTIVES = {
-    "svpo": Objective(sibling_pairs, good_steps, visited_q),
+    "svpo": Objective(sibling_pairs, correct_solutions, visited_q),
+    "svpo-good-steps": Objective(sibling_pairs, good_steps, visited_q),
     "step-dpo": Objective(sibling_pairs),
     "dpo": Objective(solution_pair, whole_solutions=True),
     "dvo": Objective(implicit=gains),

@@ -47,7 +47,6 @@ from svpo import (
     LossConfig,
     Objective,
     correct_solutions,
-    good_steps,
     learn,
     outcomes_below,
     rescore,
@@ -171,15 +170,16 @@ def solved_sometimes(tree: Tree) -> bool:
 # ------------------------------------------------------------------------------------------- rows
 
 
-GOOD_STEPS = Objective(sibling_pairs, good_steps, visited_q)
-ALL_CORRECT = Objective(sibling_pairs, correct_solutions, visited_q)
+GOOD_STEPS = OBJECTIVES["svpo-good-steps"]
+ALL_CORRECT = OBJECTIVES["svpo"]
+WHOLE_MARGIN = "--margin-weight 0.5"  # ten times today's, like a squared error of 1
 
 
 @dataclass(frozen=True)
 class Row:
     """A change to SVPO, of flags, labels, pairs or the search."""
 
-    flags: str = "--mse-weight 1"
+    flags: str = f"--mse-weight 1 {WHOLE_MARGIN}"
     objective: Objective = GOOD_STEPS
     labels: Callable[[Tree], Tree] = lambda tree: tree
     kept: Callable[[Tree], bool] = lambda tree: True  # which trees are trained on
@@ -208,12 +208,14 @@ ROWS = {
     "dvo": Row("", OBJECTIVES["dvo"]),
     "dvo, lr 5e-5": Row("--tune-lr 5e-5", OBJECTIVES["dvo"]),
     # what the squared error does
-    "squared error 0.3": Row("--mse-weight 0.3"),
-    "squared error 0.1": Row("--mse-weight 0.1"),
-    "squared error 0.03": Row("--mse-weight 0.03"),
+    "squared error 0.3": Row(f"--mse-weight 0.3 {WHOLE_MARGIN}"),
+    "squared error 0.1": Row(f"--mse-weight 0.1 {WHOLE_MARGIN}"),
+    "squared error 0.03": Row(f"--mse-weight 0.03 {WHOLE_MARGIN}"),
     "value losses 0.1": Row(TENTH),
     "value detached": Row(detached=True),
-    "alphamath, squared error 0.1": Row("--mse-weight 0.1", OBJECTIVES["alphamath"]),
+    "alphamath, squared error 0.1": Row(
+        f"--mse-weight 0.1 {WHOLE_MARGIN}", OBJECTIVES["alphamath"]
+    ),
     # why an untrained V in Q helps
     "labels without V": Row(labels=outcome_labels),  # pairs, good steps and V's targets
     "targets without V": Row(objective=with_targets(q_of_outcomes)),  # V's targets alone
@@ -221,11 +223,13 @@ ROWS = {
     "search without V": Row(outcomes_only=True),
     "search without V, labels shrunk": Row(outcomes_only=True, labels=shrunk_labels),
     "search without V, targets halved": Row(objective=with_targets(half_of_q), outcomes_only=True),
-    "search without V, squared error 0.1": Row("--mse-weight 0.1", outcomes_only=True),
+    "search without V, squared error 0.1": Row(
+        f"--mse-weight 0.1 {WHOLE_MARGIN}", outcomes_only=True
+    ),
     "search without V, value detached": Row(outcomes_only=True, detached=True),
     # what the likelihood is of
     "all correct": Row(objective=ALL_CORRECT),
-    "all correct, squared error 0.1": Row("--mse-weight 0.1", ALL_CORRECT),
+    "all correct, squared error 0.1": Row(f"--mse-weight 0.1 {WHOLE_MARGIN}", ALL_CORRECT),
     "all correct, value losses 0.1": BETTER,
     "all correct, value losses 0.03": Row("--mse-weight 0.03 --margin-weight 0.015", ALL_CORRECT),
     "all correct, value detached": Row(objective=ALL_CORRECT, detached=True),
@@ -414,7 +418,7 @@ COMPARED = {  # name -> the objective, with one term only
     "tree-grpo": LossConfig("tree-grpo"),
     "dvo": LossConfig("dvo"),
     "rft": LossConfig("rft"),
-    "good steps": LossConfig(policy_weight=0, mse_weight=0, margin_weight=0),
+    "good steps": LossConfig("svpo-good-steps", policy_weight=0, mse_weight=0, margin_weight=0),
     "value": LossConfig(policy_weight=0, sft_weight=0, margin_weight=0),
     "margin": LossConfig(policy_weight=0, sft_weight=0, mse_weight=0),
 }

@@ -6,7 +6,8 @@
 
 The model learns GSM8K's worked solutions (SFT). It then searches questions of MAWPS and SVAMP with
 nothing but their answers, and each row of the table trains the same SFT model for about 100 steps:
-on the same trees, on more worked solutions (sft-longer), or on samples of its own (grpo).
+on the same trees, on more worked solutions (sft-longer), or on samples of its own (grpo). V is not
+trained when the first trees grow, so it has no part in them, except in those of one row.
 Questions that differ in their numbers alone are in the same part: training, validation or test.
 The learning rate of each row is the one whose model, after a short round on the first trees,
 answers most questions of the validation part.
@@ -52,6 +53,7 @@ ANSWERING = LIMITS.replace("--max-tokens 1024", "--max-tokens 448")
 SEARCH = f"--simulations 12 --expand-width 4 {LIMITS}"
 TEMPERATURES = ("0.6", "0.8", "1.0")  # of search, to choose from
 HOT = "--search-temperature 0.8"  # chosen: most questions solved, and most pairs
+FIRST_TREES = "--no-leaf-value"  # V is not trained yet
 BATCH = 8  # trees of an optimizer step
 TUNE = f"--tune-batch {BATCH} --tune-epochs 1 --no-recompute --save-every 20 --rounds 1"
 FEW = "--test-limit 1"  # train.py's own table is not used
@@ -63,23 +65,29 @@ ROWS = {  # row -> flags of train.py; None: worked solutions again, as many step
     # one tree in three has right and wrong ends, so three passes are as many steps as the others'
     "rft": "--objective rft --tune-epochs 3",
     "dpo": "--objective dpo --tune-epochs 3",
-    "step-dpo": "--mse-weight 0 --margin-weight 0",  # with the SFT term
     "alphamath": f"--objective alphamath {SQUARED}",
     "svpo": f"--objective svpo {SQUARED} {MARGIN}",
+    "step-dpo": "--mse-weight 0 --margin-weight 0",  # with the SFT term
     "no-margin": f"{SQUARED} --margin-weight 0",
     "no-squared-error": f"--mse-weight 0 {MARGIN}",
     "more-value": "--mse-weight 1 --margin-weight 0.5",
+    "good-steps": f"--objective svpo-good-steps {SQUARED} {MARGIN}",
+    "alphamath-v-in-q": f"--objective alphamath {SQUARED}",  # on trees that an untrained V helped
     "grpo": "--objective grpo --max-tokens 320",  # few solutions are longer, and all wait for them
 }
-PARTS_OF_SVPO = ("no-margin", "no-squared-error", "more-value")
-RATE_OF = dict.fromkeys(PARTS_OF_SVPO, "svpo")  # rows with the rate of another one
+PARTS_OF_SVPO = ("step-dpo", "no-margin", "no-squared-error", "more-value", "good-steps")
+# rows with the rate of another one
+RATE_OF = dict.fromkeys(PARTS_OF_SVPO, "svpo") | {"alphamath-v-in-q": "alphamath"}
+V_IN_Q = ("alphamath-v-in-q",)
+# The rates of these were chosen on the trees that an untrained V helped, before we knew better.
+CHOSEN_ON_THOSE = ("rft", "dpo")
 SEEDS = {"sft-longer": 3, "rft": 3, "alphamath": 3, "svpo": 3}  # how many of a row; others: 1
 TWICE = ("rft", "svpo")  # rows with a second round
 STRATEGIES = ("greedy", "beam:1,5", "majority:5", "best:5", "beam:3,5")
 ON_GSM8K = ("sft", "sft-longer-0", "rft-0", "alphamath-0", "svpo-0")  # harder questions, greedily
 ANSWERED_IN_FULL = ("alphamath-0", "svpo-0")  # with all STRATEGIES
 BY_VOTE = ("rft-0",)  # V is not trained: greedily and by majority
-VALUED = ("alphamath", "svpo", *PARTS_OF_SVPO)  # V is trained: SBS(1,5) too
+VALUED = ("alphamath", "svpo", *PARTS_OF_SVPO[1:], *V_IN_Q)  # V is trained: SBS(1,5) too
 TINY = {  # in place of these flags
     "--sft-steps": 2,
     "--sft-batch": 2,
@@ -135,14 +143,17 @@ def pieces(config) -> Pieces:
     for seed in range(max(SEEDS.values())):
         yield f"trees {seed}", search_command(config, seed)
         if seed == 0:
+            yield "trees with V", search_command(config, seed, leaf_value=True)
             yield from answers(config, "sft", sft)
-            words = f"--model {sft} --trees {out}/trees-0.jsonl --roll-outs 32"
-            yield "found", f"found.py trees {words} --json {out}/found/trees-0.json"
+            for name in ("trees-0", "trees-0-with-v"):
+                words = f"--model {sft} --trees {out}/{name}.jsonl --roll-outs 32"
+                yield f"found {name}", f"found.py trees {words} --json {out}/found/{name}.json"
             yield from choices(config)
         for row in ROWS:
             if seed < SEEDS.get(row, 1):
                 name = f"{row}-{seed}"
-                yield name, round_command(config, row, seed, chosen(config, row), out / name)
+                settings = (config, row, seed, chosen(config, row), out / name)
+                yield name, round_command(*settings, leaf_value=row in V_IN_Q)
                 yield from answers(config, name, last_stage(out / name, row))
     for row in TWICE:
         name = f"{row}-twice-0"
@@ -162,11 +173,16 @@ def worked(config) -> str:
     return f"{data} {FEW} {SFT} {LIMITS}"
 
 
-def search_command(config, seed: int) -> str:
-    """mcts.py's search of the training part."""
+def search_command(config, seed: int, leaf_value: bool = False) -> str:
+    """mcts.py's search of the training part. With `leaf_value` the untrained V has a part in Q."""
     out = config.out
-    data = f"--data {out}/questions/search.jsonl --limit {SEARCHED} --seed {seed}"
-    return f"mcts.py --model {out}/sft/sft {data} {SEARCH} {HOT} --out {out}/trees-{seed}.jsonl"
+    words = f"--data {out}/questions/search.jsonl --limit {SEARCHED} --seed {seed} {SEARCH} {HOT}"
+    words += "" if leaf_value else f" {FIRST_TREES}"
+    return f"mcts.py --model {out}/sft/sft {words} --out {trees_file(config, seed, leaf_value)}"
+
+
+def trees_file(config, seed: int, leaf_value: bool) -> str:
+    return f"{config.out}/trees-{seed}{'-with-v' if leaf_value else ''}.jsonl"
 
 
 def round_command(
@@ -177,10 +193,12 @@ def round_command(
     out: Path,
     limit: int = SEARCHED,
     start: Path | None = None,
+    leaf_value: bool = False,
 ) -> str:
     """train.py's round of a row, on the first `limit` questions.
 
-    It learns from the trees of the SFT model, or searches with the model in `start`.
+    It learns from the trees of the SFT model, or searches with the model in `start`, whose V is
+    trained. With `leaf_value` these are the trees that an untrained V helped.
     """
     folder = config.out
     if ROWS[row] is None:
@@ -189,7 +207,8 @@ def round_command(
         data = f"--data {folder}/questions/search.jsonl --test-data {folder}/questions/valid.jsonl"
         words = f"{data} {FEW} {SEARCH} {HOT} {TUNE} --tune-lr {rate} {ROWS[row]} --limit {limit}"
         if row != "grpo" and start is None:
-            words += f" --trees {folder}/trees-{seed}.jsonl"
+            words += f" --trees {trees_file(config, seed, leaf_value)}"
+            words += "" if leaf_value else f" {FIRST_TREES}"
     model = start or folder / "sft" / "sft"
     return f"train.py --model {model} {words} --seed {seed} --out {out}"
 
@@ -236,7 +255,9 @@ def choices(config) -> Pieces:
         for rate in RATES:
             name = f"{row}-{rate}"
             out = config.out / "choices" / name
-            yield f"choice {name}", round_command(config, row, 0, rate, out, SHORT)
+            settings = (config, row, 0, rate, out, SHORT)
+            on_those = row in CHOSEN_ON_THOSE
+            yield f"choice {name}", round_command(*settings, leaf_value=on_those)
             model = last_stage(out, row)
             yield (
                 f"choice {name} answers",

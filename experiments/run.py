@@ -135,6 +135,8 @@ TABLES = {
     "compute": compute(),
     "transfer": transfer(),
 }
+# The defaults that results.jsonl was measured with. They changed by what ladder.py found.
+EARLIER = ["--objective", "svpo-good-steps", "--mse-weight", "1", "--margin-weight", "0.5"]
 COMMON = {  # table -> flags of all its rows
     "transfer": [
         *("--data", "deduction", "--sft-questions", "30000"),
@@ -248,7 +250,7 @@ def measure(
     """
     samples = flags == ["samples"]
     own = [] if samples else flags or []
-    job, splits = configure(seed, folder, [*common, *own])
+    job, splits = configure(seed, folder, [*EARLIER, *common, *own])
     trained = base / "sft"
     costs = {"searched_tokens": 0, "sampled_tokens": 0, "training_seconds": 0.0}
     if flags is not None and (job.run.rounds or job.train.sft_steps):

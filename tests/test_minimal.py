@@ -136,13 +136,13 @@ def test_the_fast_search_grows_the_same_trees(model, questions, monkeypatch, cha
     assert count > 100 and wanted <= endings
 
 
-@pytest.mark.parametrize("wanted", ["pairs", "no pairs", "nothing good"])
+@pytest.mark.parametrize("wanted", ["pairs", "no pairs", "nothing right"])
 def test_losses_and_gradients_are_the_same(model, questions, monkeypatch, wanted):
     """Catches a packed forest that computes another term than the equation says, or another
-    gradient: other pairs or weights, other good steps, another reference, another divisor; also
-    where a divisor is zero."""
+    gradient: other pairs or weights, other right solutions, another reference, another divisor;
+    also where a divisor is zero."""
     monkeypatch.setattr(minimal, "MIN_GAP", {"no pairs": 3.0}.get(wanted, minimal.MIN_GAP))
-    if wanted == "nothing good":
+    if wanted == "nothing right":
         questions = [SimpleNamespace(id=q.id, text=q.text, answer="none") for q in questions]
     slow = [minimal.mcts(model, question, 3) for question in questions]
     pairs = [pair for root in slow for pair in minimal.step_pairs(root)]

@@ -104,7 +104,7 @@ def test_lessons_leave_out_what_no_loss_reads():
     assert lesson.pairs == [(1, 2, 0.5), (4, 5, 0.5)]
     assert lesson.value == [0.1, 0.5, -0.5, 0.25, 1.0, -1.0, -1.0, -1.0]
     assert lesson.implicit == [None] * 8
-    assert [count for _, count in lesson.likelihood] == [0, 1, 0, 0, 1, 0, 0, 0]
+    assert [count for _, count in lesson.likelihood] == [1, 1, 0, 0, 1, 0, 0, 0]
     assert lesson.pairwise_tokens == (2 + 2) + (3 + 3)
     only = learn(TREE, LossConfig("step-dpo", min_gap=0.0))
     assert [item.q_value for item in only.tree.nodes] == [0.1, 0.5, -0.5, 1.0, -1.0]
@@ -245,10 +245,10 @@ def reference_loss(policy_E, value_E, trees, config):
             dpo = dpo - weight * F.logsigmoid(config.beta * gap)
             margin = margin + weight * (config.margin - (value_E[win] - value_E[lose])).clamp(min=0)
             weights += weight
-        for index, (good, _) in enumerate(good_steps(tree)):
-            if good:
-                sft = sft - policy_E[base + index]
-                sft_tokens += len(tree.nodes[index].tokens)
+        for index, (count, _) in enumerate(correct_solutions(tree)):
+            if index:
+                sft = sft - count * policy_E[base + index]
+                sft_tokens += count * len(tree.nodes[index].tokens)
         base += len(tree.nodes)
     visited = [index for index, item in enumerate(nodes) if item.visit_count]
     mse = sum((value_E[index] - nodes[index].q_value) ** 2 for index in visited)
