@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,6 +37,7 @@ from support.flags import InputError, flag
 from support.ranks import gather, on_rank_0, rank_share
 
 PASS_TOKENS = 8192  # of a forward pass without gradients
+PENALTY = 0.03  # of the weights of `fit_value`
 
 
 @dataclass(frozen=True)
@@ -488,30 +490,43 @@ def score(
     predictor_M = packed.predictor_M[chosen]
     node_M = packed.node_M[chosen].to(device)
     last_E = packed.last_E.to(device)
-    # Whole blocks of tokens, of the keys of a path, and of predictions: flex_attention needs them,
-    # and CPUs compile bfloat16 kernels for each new length, at 8 ms and half a megabyte for each
-    # product of matrices. In float32 they do not.
-    block = 1 if device.type == "cpu" and weight.dtype == torch.float32 else TILE
-    line = -len(packed.token_T) % block
-    spare = -len(token_M) % block
+    spare = -len(token_M) % block_of(weight)
 
-    def padded(index_X, count):
-        return F.pad(index_X, (0, count)).to(device)
+    def padded(index_X):
+        return F.pad(index_X, (0, spare)).to(device)
 
     def read(hidden_1TD):
         hidden_TD = hidden_1TD[0]
-        hidden_MD = hidden_TD[padded(predictor_M, spare)]
-        logp_M = token_logp(hidden_MD, model.output_weight(), padded(token_M, spare))
+        hidden_MD = hidden_TD[padded(predictor_M)]
+        logp_M = token_logp(hidden_MD, model.output_weight(), padded(token_M))
         return logp_M[: len(token_M)], model.value(hidden_TD[last_E], dropout_ED)
 
+    logp_M, value_E = feed(model, packed, read)
+    return logp_M, value_E, node_M
+
+
+def feed(model: Llama, packed: Pack, read: Callable[[Tensor], object]):
+    """What `read` makes of the final hidden states (1, T, D) of a pack, after one forward pass."""
+    weight = model.output_weight()
+    device = weight.device
+    block = block_of(weight)
+    line = -len(packed.token_T) % block
     end_T = packed.subtree_end_T
     alone_T = len(end_T) + 1 + torch.arange(line)  # padding sees only itself
     end_T = torch.cat([end_T, alone_T]).to(device)
     mask = block_mask(end_T[None]) if device.type == "cuda" else path_mask(end_T, block)
-    token_1T = padded(packed.token_T, line)[None]
-    position_1T = padded(packed.position_T, line)[None]
-    logp_M, value_E = model(token_1T, position_1T, mask, read=read)
-    return logp_M, value_E, node_M
+    token_1T = F.pad(packed.token_T, (0, line)).to(device)[None]
+    position_1T = F.pad(packed.position_T, (0, line)).to(device)[None]
+    return model(token_1T, position_1T, mask, read=read)
+
+
+def block_of(weight: Tensor) -> int:
+    """How many tokens, keys of a path or predictions are computed together; whole blocks of them.
+
+    flex_attention needs them, and CPUs compile bfloat16 kernels for each new length, at 8 ms and
+    half a megabyte for each product of matrices. In float32 they do not.
+    """
+    return 1 if weight.device.type == "cpu" and weight.dtype == torch.float32 else TILE
 
 
 @torch.inference_mode()
@@ -533,6 +548,43 @@ def rescore(model: Llama, trees: list[Tree], pack_tokens: int = 0) -> list[Tree]
                 nodes.append(dataclasses.replace(node, logp=logp, value=value))
             rescored.append(dataclasses.replace(tree, nodes=nodes))
     return rescored
+
+
+@torch.inference_mode()
+def fit_value(
+    model: Llama, lessons: list[Lesson], pack_tokens: int = 0
+) -> tuple[Tensor, Tensor] | None:
+    """A linear value head by least squares: weight (1, D) and bias (1,), or None without targets.
+
+    Its inputs are the model's hidden states at the nodes that have a target. A fresh head learns
+    slowly at the rate of a pretrained model, and its gradients disturb the layers below (linear
+    probing before fine-tuning, arXiv 2202.10054). Each input is scaled to a standard deviation of
+    1, and the square of each weight then costs PENALTY. Each rank reads its share of the trees.
+    """
+    width = model.config.hidden_size
+    device = model.output_weight().device
+    sums = torch.zeros(width + 2, width + 2, dtype=torch.float64, device=device)
+    mine = rank_share([lesson for lesson in lessons if any(q is not None for q in lesson.value)])
+    for group in group_by_tokens([lesson.tree for lesson in mine], pack_tokens or PASS_TOKENS):
+        packed = pack([mine[index].tree for index in group])
+        value = [target for index in group for target in mine[index].value]
+        known = [node for node, target in enumerate(value) if target is not None]
+        last_E = packed.last_E[known].to(device)
+        hidden_ED = feed(model, packed, lambda hidden_1TD, last_E=last_E: hidden_1TD[0][last_E])
+        q_E1 = torch.tensor([[value[node]] for node in known], device=device)
+        row_EX = torch.cat([hidden_ED.double(), torch.ones_like(q_E1), q_E1], 1)
+        sums += row_EX.T @ row_EX
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    if not sums[-2, -2]:
+        return None
+    mean_XX = sums / sums[-2, -2]
+    mean_D, q = mean_XX[:-2, -2], mean_XX[-1, -2]
+    covariance_DD = mean_XX[:-2, :-2] - mean_D.outer(mean_D)
+    scale_D = covariance_DD.diagonal().clamp(min=1e-12).sqrt()
+    system_DD = covariance_DD / scale_D.outer(scale_D) + PENALTY * torch.eye(width).to(sums)
+    weight_D = torch.linalg.solve(system_DD, (mean_XX[:-2, -1] - mean_D * q) / scale_D) / scale_D
+    return weight_D[None], (q - mean_D @ weight_D)[None]
 
 
 # ------------------------------------------------------------------------------- from pack to loss

@@ -72,7 +72,14 @@ from model import (
     save_model,
     without_lora,
 )
-from support.checkpoints import Stop, forget, load_checkpoint, remove_checkpoints, save_checkpoint
+from support.checkpoints import (
+    Stop,
+    find_checkpoints,
+    forget,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from support.files import (
     digest,
     head_commit,
@@ -108,6 +115,7 @@ from svpo import (
     Lesson,
     LossConfig,
     add_reference,
+    fit_value,
     group_by_tokens,
     learn,
     loss_sums,
@@ -217,6 +225,9 @@ class TrainConfig:
     tune_batch: int = flag(4, "trees per step, over all ranks", least=1)
     tune_lr: float = flag(1e-5, "peak learning rate on trees", least=0)
     group: int = flag(8, "grpo and lambda-grpo: solutions sampled of each question (G)", least=2)
+    fit_value: bool = flag(
+        True, "before the first round's first step, put V where least squares puts it"
+    )
     lora_rank: int = flag(
         0, "train adapters of this rank on all linear layers (LoRA); 0: all weights", least=0
     )
@@ -603,8 +614,12 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
     seed = job.run.seed + number
     count = len(lessons or questions)
     steps = max(1, train.tune_epochs * count // batch) if number else train.sft_steps
+    head = None
+    if number == 1 and train.fit_value and not find_checkpoints(stage):
+        head = fit_value(job.load(previous), lessons, train.pack_tokens)
     # weights are float32 whatever the type to compute in; those that LoRA freezes are not
     model = job.load(previous, "" if train.lora_rank else "float32")
+    set_value_head(model, head)
     if train.lora_rank:  # the reference is computed while training
         add_lora(model, train.lora_rank, seed)
     elif OBJECTIVES[losses.objective].reference:
@@ -628,6 +643,14 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
     with Stop() as stop:  # a request to stop waits for the end of the step, or of writing the model
         optimize(model, computing, steps, lr, lessons_of, losses, train, seed, stage, stop)
         write_model(model, previous, stage, job.run.save_dtype)
+
+
+def set_value_head(model: Llama, head: tuple[Tensor, Tensor] | None):
+    """Start a linear value head from this weight and bias. Another head starts as it was drawn."""
+    if head and isinstance(model.value_head, torch.nn.Linear):
+        with torch.no_grad():
+            model.value_head.weight.copy_(head[0])
+            model.value_head.bias.copy_(head[1])
 
 
 def tokens_of_pass(job: Job, model: Llama) -> int:

@@ -233,6 +233,13 @@ ROWS = {
     "all correct, value losses 0.1": BETTER,
     "all correct, value losses 0.03": Row("--mse-weight 0.03 --margin-weight 0.015", ALL_CORRECT),
     "all correct, value detached": Row(objective=ALL_CORRECT, detached=True),
+    # V starts where least squares puts it
+    "fitted": Row(f"--mse-weight 1 {WHOLE_MARGIN} --fit-value"),
+    "all correct, fitted": Row(f"--mse-weight 1 {WHOLE_MARGIN} --fit-value", ALL_CORRECT),
+    "all correct, value losses 0.1, fitted": Row(f"{TENTH} --fit-value", ALL_CORRECT),
+    "search without V, all correct, value losses 0.1, fitted": Row(
+        f"{TENTH} --fit-value", ALL_CORRECT, outcomes_only=True
+    ),
     # changes to "all correct, value losses 0.1"
     "no preference": dataclasses.replace(BETTER, flags=f"{TENTH} --policy-weight 0"),
     "preference 0.2": dataclasses.replace(BETTER, flags=f"{TENTH} --policy-weight 0.2"),
@@ -284,7 +291,7 @@ def trees_of(row: Row, job: Job, base: Path, questions: list) -> Path:
 def measure(row: Row, seed: int, base: Path, folder: Path, common: list[str]) -> dict:
     """Train a row's round from the seed's SFT model in `base`, and answer."""
     with as_objective(row):
-        words = [*common, *row.flags.split(), "--objective", "row"]
+        words = [*common, "--no-fit-value", *row.flags.split(), "--objective", "row"]
         job, splits = configure(seed, folder, words)
         stage = folder / "round1"
         stage.mkdir(parents=True)

@@ -137,6 +137,7 @@ TABLES = {
 }
 # The defaults that results.jsonl was measured with. They changed by what ladder.py found.
 EARLIER = ["--objective", "svpo-good-steps", "--mse-weight", "1", "--margin-weight", "0.5"]
+EARLIER += ["--no-fit-value"]
 COMMON = {  # table -> flags of all its rows
     "transfer": [
         *("--data", "deduction", "--sft-questions", "30000"),

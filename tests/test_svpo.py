@@ -15,10 +15,12 @@ from model import block_mask, path_mask, token_logp, tree_mask
 from svpo import (
     DIVISORS,
     OBJECTIVES,
+    PENALTY,
     Batch,
     LossConfig,
     all_steps,
     correct_solutions,
+    fit_value,
     good_steps,
     group_advantages,
     implicit_mse,
@@ -623,3 +625,40 @@ def test_pack_by_hand():
     assert packed.last_E.tolist() == [1, 3, 5, 4]
     seen = tree_mask(packed.subtree_end_T[None])[0, 0, 5]
     assert seen.tolist() == [True, True, False, False, False, True]
+
+
+def test_a_fitted_value_is_least_squares(model, tokenizer):
+    """Catches hidden states of other nodes than the targets', targets of nodes that have none, a
+    penalty on the bias or on unscaled weights, and packs that change the result."""
+    trees = list(
+        search_trees(
+            model,
+            tokenizer,
+            QUESTIONS,
+            SearchConfig(simulations=6, expand_width=3, max_depth=4, max_step_tokens=8),
+        )
+    )
+    lessons = [learn(tree, LossConfig()) for tree in trees]
+    rows, targets = [], []
+    with torch.no_grad():
+        for lesson in lessons:
+            for index, target in enumerate(lesson.value):
+                if target is not None:
+                    token_1T = torch.tensor([path_tokens(lesson.tree, index)])
+                    rows.append(model(token_1T, read=lambda hidden_1TD: hidden_1TD[0, -1]).double())
+                    targets.append(target)
+    x_ED, y_E = torch.stack(rows), torch.tensor(targets).double()
+    z_ED = (x_ED - x_ED.mean(0)) / x_ED.std(0, correction=0)
+    # the penalty as further rows of an ordinary least squares
+    extra_DD = (PENALTY * len(y_E)) ** 0.5 * torch.eye(z_ED.shape[1]).double()
+    wanted_D = torch.linalg.lstsq(
+        torch.cat([z_ED, extra_DD]), torch.cat([y_E - y_E.mean(), torch.zeros(len(extra_DD))])
+    ).solution
+    for pack_tokens in (0, 40):
+        weight_1D, bias_1 = fit_value(model, lessons, pack_tokens)
+        found_E = x_ED @ weight_1D[0] + bias_1
+        torch.testing.assert_close(found_E, z_ED @ wanted_D + y_E.mean(), atol=1e-4, rtol=1e-4)
+    assert (
+        len(y_E) > 50
+        and fit_value(model, [learn(tree, LossConfig("rft")) for tree in trees]) is None
+    )
