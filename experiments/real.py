@@ -72,10 +72,15 @@ ROWS = {  # row -> flags of train.py; None: worked solutions again, as many step
     "no-squared-error": f"--mse-weight 0 {MARGIN}",
     "more-value": "--mse-weight 1 --margin-weight 0.5",
     "good-steps": f"--objective svpo-good-steps {SQUARED} {MARGIN}",
-    "alphamath-v-in-q": f"--objective alphamath {SQUARED}",  # on trees that an untrained V helped
+    "no-fit": f"{SQUARED} {MARGIN} --no-fit-value",
+    # on trees that an untrained V helped
+    "alphamath-v-in-q": f"--objective alphamath {SQUARED} --no-fit-value",
     "grpo": "--objective grpo --max-tokens 320",  # few solutions are longer, and all wait for them
 }
-PARTS_OF_SVPO = ("step-dpo", "no-margin", "no-squared-error", "more-value", "good-steps")
+PARTS_OF_SVPO = (
+    *("step-dpo", "no-margin", "no-squared-error"),
+    *("more-value", "good-steps", "no-fit"),
+)
 # rows with the rate of another one
 RATE_OF = dict.fromkeys(PARTS_OF_SVPO, "svpo") | {"alphamath-v-in-q": "alphamath"}
 V_IN_Q = ("alphamath-v-in-q",)
