@@ -614,19 +614,7 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
     seed = job.run.seed + number
     count = len(lessons or questions)
     steps = max(1, train.tune_epochs * count // batch) if number else train.sft_steps
-    head = None
-    if number == 1 and train.fit_value and not find_checkpoints(stage):
-        head = fit_value(job.load(previous), lessons, train.pack_tokens)
-    # weights are float32 whatever the type to compute in; those that LoRA freezes are not
-    model = job.load(previous, "" if train.lora_rank else "float32")
-    set_value_head(model, head)
-    if train.lora_rank:  # the reference is computed while training
-        add_lora(model, train.lora_rank, seed)
-    elif OBJECTIVES[losses.objective].reference:
-        # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
-        add_reference(model, lessons, stage / "reference.safetensors", train.pack_tokens)
-    for block in model.model.layers:
-        block.recompute = train.recompute
+    model = model_to_train(job, previous, stage, lessons, number)
     computing = shard(model, job.run.dtype)
     train = replace(train, pack_tokens=train.pack_tokens or tokens_of_pass(job, model))
 
@@ -645,12 +633,28 @@ def train_stage(job: Job, previous: Path, stage: Path, splits: dict, number: int
         write_model(model, previous, stage, job.run.save_dtype)
 
 
-def set_value_head(model: Llama, head: tuple[Tensor, Tensor] | None):
-    """Start a linear value head from this weight and bias. Another head starts as it was drawn."""
-    if head and isinstance(model.value_head, torch.nn.Linear):
+def model_to_train(
+    job: Job, previous: Path, stage: Path, lessons: list[Lesson], number: int
+) -> Llama:
+    """The model in `previous` before its first step; the lessons get its reference."""
+    train = job.train
+    head = None
+    if number == 1 and train.fit_value and not find_checkpoints(stage):
+        head = fit_value(job.load(previous), lessons, train.pack_tokens)
+    # weights are float32 whatever the type to compute in; those that LoRA freezes are not
+    model = job.load(previous, "" if train.lora_rank else "float32")
+    if train.lora_rank:  # the reference is computed while training
+        add_lora(model, train.lora_rank, job.run.seed + number)
+    elif number and OBJECTIVES[job.losses.objective].reference:
+        # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
+        add_reference(model, lessons, stage / "reference.safetensors", train.pack_tokens)
+    if head and isinstance(model.value_head, torch.nn.Linear):  # another one starts as drawn
         with torch.no_grad():
             model.value_head.weight.copy_(head[0])
             model.value_head.bias.copy_(head[1])
+    for block in model.model.layers:
+        block.recompute = train.recompute
+    return model
 
 
 def tokens_of_pass(job: Job, model: Llama) -> int:

@@ -303,8 +303,8 @@ def test_bad_input_to_the_dataset_command(tmp_path, named_folder, tokenizer, cap
         ({"--out": "questions.jsonl"}, "holds something else"),
         ({"--model": "absent"}, "absent: no such folder"),
         ({"--prompt": "absent.txt"}, "absent.txt"),
-        ({"--objective": "rft"}, "the objectives with pairs are svpo, step-dpo, dpo"),
-        ({"--objective": "none"}, "the objectives with pairs are svpo, step-dpo, dpo"),
+        ({"--objective": "rft"}, "the objectives with pairs are svpo, svpo-good-steps"),
+        ({"--objective": "none"}, "the objectives with pairs are svpo, svpo-good-steps"),
         ({"--min-gap": "3"}, "nothing to write; 1 trees with 0 pairs"),
         ({"--soft-labels": None}, "--soft-labels"),
     ):
