@@ -36,9 +36,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from data import load_questions
-from experiments.results import Table
 from support.files import head_commit, read_json, write_json, write_lines
 from support.flags import InputError, run_command
+from support.tables import Table
 
 QUESTIONS = "mawps:singleop mawps:addsub mawps:multiarith svamp:test"
 PARTS = ("test",) * 3 + ("valid",) + ("search",) * 6  # of ten questions

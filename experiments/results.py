@@ -2,40 +2,26 @@
 
     python experiments/results.py            needs matplotlib for the figures
 
-The measurements are in experiments/results.jsonl and experiments/why.jsonl. A table stands between
-`<!-- NAME -->` and `<!-- end -->`, and the text around it is kept. experiments/tables.md gets every
-column; RESULTS.md gets at most five. A cell is the mean over seeds with its standard error.
+The measurements are in experiments/, in results.jsonl, why.jsonl, ladder.jsonl and real.jsonl. A
+table stands between `<!-- NAME -->` and `<!-- end -->`, and the text around it is kept.
+experiments/tables.md gets every column; RESULTS.md gets at most five. A cell is the mean over seeds
+with its standard error.
 """
 
 import json
 import statistics
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from support.tables import Table
+
 SUMMARY = HERE.parent / "RESULTS.md"
 FULL = HERE / "tables.md"
 
 Figure = Callable[[dict], float | None]  # of one line of results.jsonl
-
-
-@dataclass
-class Table:
-    """A Markdown table. The first cell of a line names it."""
-
-    headings: list[str]
-    lines: list[list[str]]
-
-    def select(self, first: str, headings: list[str]) -> "Table":
-        """The names of the lines under the heading `first`, and the columns with these headings."""
-        places = [0, *(self.headings.index(heading) for heading in headings)]
-        return Table([first, *headings], [[line[place] for place in places] for line in self.lines])
-
-    def markdown(self) -> str:
-        rule = "|---" * len(self.headings) + "|"
-        lines = ["| " + " | ".join(line) + " |" for line in [self.headings, *self.lines]]
-        return "\n".join([lines[0], rule, *lines[1:]])
 
 
 # ---------------------------------------------------------------- columns
@@ -118,6 +104,7 @@ ANCHORS = {  # table -> its heading in experiments/tables.md
     "transfer": "4-transfer",
     "compute": "5-compute",
     "why": "6-why-it-works-or-fails",
+    "ladder": "10-what-makes-svpo-lead",
 }
 NOTES = {
     "objectives": "Unique tokens are those of the trees or groups that a row learns from. "
@@ -335,6 +322,99 @@ def why_summary(why: list[dict]) -> Table:
     return Table(["model, depth", *JUDGES, "Q and roll-outs"], lines)
 
 
+# ---------------------------------------------------------------- tables of ladder.jsonl
+
+PARTS = ("test", "valid")
+LADDER_SHORT = (  # rows of RESULTS.md
+    "svpo",
+    "rft",
+    "alphamath",
+    "grpo",
+    "tree-grpo",
+    "dvo",
+    "value losses 0.1",
+    "value detached",
+    "labels without V",
+    "targets halved",
+    "search without V",
+    "all correct",
+    "all correct, value losses 0.1",
+    "all correct, value losses 0.1, fitted",
+    "search without V, all correct, value losses 0.1",
+    "no preference",
+    "pairs by a prover",
+    "the most confident wrong leaf",
+)
+LADDER = {  # heading -> figure of a line of ladder.jsonl
+    "greedy": lambda row: 100 * row["test"]["greedy"],
+    "SBS(1,5)": lambda row: 100 * row["test"]["beam:1,5"],
+    "SBS(3,5)": lambda row: 100 * row["test"]["beam:3,5"],
+    "validation, greedy": lambda row: 100 * row["valid"]["greedy"],
+    "validation, SBS(1,5)": lambda row: 100 * row["valid"]["beam:1,5"],
+    "siblings fixed": field("siblings"),
+}
+
+
+def ladder_rows(ladder: list[dict], task: str) -> dict[str, dict[int, dict]]:
+    """Row -> seed -> its line, in the order of experiments/ladder.py."""
+    from experiments.ladder import ROWS  # here, because it loads torch
+
+    found = {}
+    for name in ROWS:
+        lines = [line for line in ladder if line["kind"] == "row" and line["task"] == task]
+        seeds = {line["seed"]: line for line in lines if line["row"] == name}
+        if seeds:
+            found[name] = seeds
+    return found
+
+
+def ladder_table(ladder: list[dict], task: str, columns: dict[str, Figure]) -> Table:
+    """Columns, and the points ahead of the row `svpo` of the same seed."""
+    found = ladder_rows(ladder, task)
+    base = found["svpo"]
+    lines = []
+    for name, seeds in found.items():
+        both = [(seeds[seed], base[seed]) for seed in seeds if seed in base]
+        cells = [
+            mean([figure(row) for row in seeds.values()], PRECISION.get(heading, 1))
+            for heading, figure in columns.items()
+        ]
+        for heading in ("greedy", "SBS(1,5)"):
+            points = [LADDER[heading](mine) - LADDER[heading](other) for mine, other in both]
+            cells.append(mean(points, 1))
+        lines.append([name, str(len(seeds)), *cells])
+    return Table(["change", "seeds", *columns, "greedy - svpo's", "SBS(1,5) - svpo's"], lines)
+
+
+def ways_table(ladder: list[dict]) -> Table:
+    """Accuracy of the ways to answer, on the test and on the validation questions."""
+    found = {}
+    for line in ladder:
+        if line["kind"] == "answers" and line["task"] == "arithmetic":
+            found.setdefault((line["row"], line["way"]), []).append(line)
+    lines = []
+    for (name, way), seeds in found.items():
+        cells = [mean([100 * seed[part]["accuracy"] for seed in seeds], 1) for part in PARTS]
+        tokens = mean([seed["test"]["sampled_tokens"] for seed in seeds], 0)
+        lines.append([name, way, str(len(seeds)), *cells, tokens])
+    return Table(["model", "way", "seeds", *PARTS, "tokens an answer"], lines)
+
+
+def cosines_table(ladder: list[dict]) -> Table:
+    """Cosines of the gradients of two objectives, for the policy that grew the trees and later."""
+    found = {}
+    for line in ladder:
+        if line["kind"] == "gradients" and line["task"] == "arithmetic":
+            for pair, cosine in line["cosines"].items():
+                found.setdefault(pair, {}).setdefault(line["model"], []).append(cosine)
+    models = {"sft": "SFT", "svpo": "after a round of svpo"}
+    lines = [
+        [pair, *(mean(cosines.get(model, []), 2) for model in models)]
+        for pair, cosines in found.items()
+    ]
+    return Table(["gradients of", *models.values()], lines)
+
+
 # ---------------------------------------------------------------- blocks of Markdown
 
 
@@ -349,10 +429,14 @@ def source(table: str, rows: list[dict]) -> str:
     parts = ["Seeds " + listed(sorted({row["seed"] for row in rows}))]
     if "questions" in rows[0]:
         parts.append(f"{rows[0]['questions']} test questions")
-    commits = sorted({row["commit"] for row in rows})
-    parts.append(("commits " if commits[1:] else "commit ") + listed(commits))
+    parts.append(commits_of(rows))
     parts.append(f"`{COMMANDS.get(table, f'python experiments/run.py {table}')}`")
     return "; ".join(parts)
+
+
+def commits_of(rows: list[dict]) -> str:
+    commits = sorted({row["commit"] for row in rows})
+    return ("commits " if commits[1:] else "commit ") + listed(commits)
 
 
 def notes(table: str, seconds: bool) -> str:
@@ -361,9 +445,11 @@ def notes(table: str, seconds: bool) -> str:
     return " ".join(filter(None, [covered, NOTES.get(table, "")]))
 
 
-def full_blocks(rows: list[dict], why: list[dict]) -> dict[str, str]:
+def full_blocks(
+    rows: list[dict], why: list[dict], real: list[dict], ladder: list[dict]
+) -> dict[str, str]:
     """The tables of experiments/tables.md, by the names of their marks."""
-    blocks = {}
+    blocks = real_blocks(real)[1]
     for table in SHORT:
         more = notes(table, "seconds" in COLUMNS.get(table, ()))
         text = f"{source(table, rows_of(table, rows))}. {more}"
@@ -372,12 +458,29 @@ def full_blocks(rows: list[dict], why: list[dict]) -> dict[str, str]:
     end = "\n\n" + source("why", [row for row in why if "stage" in row]) + "."
     blocks["why-judges"] = judges_table(why).markdown() + end
     blocks["why-roll-outs"] = roll_outs_table(why).markdown() + end
+    commits = "\n\n" + commits_of([line for line in ladder if line["kind"] == "row"]) + "."
+    blocks["ladder"] = ladder_table(ladder, "arithmetic", LADDER).markdown() + commits
+    sound = {heading: LADDER[heading] for heading in ("greedy", "SBS(1,5)", "siblings fixed")}
+    sound["wholly sound"] = field("sound", 100)
+    blocks["ladder-deduction"] = ladder_table(ladder, "deduction", sound).markdown()
+    for name, table in (("answers", ways_table(ladder)), ("gradients", cosines_table(ladder))):
+        if table.lines:
+            blocks[f"ladder-{name}"] = table.markdown()
     return blocks
 
 
-def short_blocks(rows: list[dict], why: list[dict]) -> dict[str, str]:
+def real_blocks(real: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
+    """The tables of experiments/real.py: of RESULTS.md, and of experiments/tables.md."""
+    from experiments.real import blocks  # here, because it loads the tokenizer
+
+    return blocks(real) if real else ({}, {})
+
+
+def short_blocks(
+    rows: list[dict], why: list[dict], real: list[dict], ladder: list[dict]
+) -> dict[str, str]:
     """The tables of RESULTS.md, by the names of their marks."""
-    blocks = {}
+    blocks = real_blocks(real)[0]
     for table, (first, headings) in SHORT.items():
         content = measured_table(table, rows).select(first, headings).markdown()
         text = f"{source(table, rows_of(table, rows))}; {link(table)}."
@@ -386,6 +489,12 @@ def short_blocks(rows: list[dict], why: list[dict]) -> dict[str, str]:
         blocks[table] = content + "\n\n" + text
     text = f"{source('why', [row for row in why if 'stage' in row])}; {link('why')}."
     blocks["why"] = why_summary(why).markdown() + "\n\n" + text
+    columns = {heading: LADDER[heading] for heading in ("greedy", "SBS(1,5)")}
+    table = ladder_table(ladder, "arithmetic", columns)
+    table.lines = [line for line in table.lines if line[0] in LADDER_SHORT]
+    headings = ["greedy", "greedy - svpo's", "SBS(1,5)", "SBS(1,5) - svpo's"]
+    text = f"{commits_of(ladder)}; `python experiments/ladder.py`; {link('ladder')}."
+    blocks["ladder"] = table.select("change", headings).markdown() + "\n\n" + text
     return blocks
 
 
@@ -529,11 +638,10 @@ def draw(rows: list[dict], why: list[dict]):
 
 
 def main():
-    rows = read("results.jsonl")
-    why = read("why.jsonl")
-    write(SUMMARY, short_blocks(rows, why))
-    write(FULL, full_blocks(rows, why))
-    draw(rows, why)
+    measured = [read(f"{name}.jsonl") for name in ("results", "why", "real", "ladder")]
+    write(SUMMARY, short_blocks(*measured))
+    write(FULL, full_blocks(*measured))
+    draw(*measured[:2])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The tables that the commands print. They are made of plain dicts, as they stand in JSON files."""
 
 import random
+from dataclasses import dataclass
 from types import NoneType
 
 from support.flags import visible
@@ -10,6 +11,24 @@ ANSWER = {"strategy": str, "questions": int, "accuracy": float, "standard_error"
 ANSWERS = {"answers": [{**ANSWER, "sampled_tokens": float}]}
 RANKED = ({"accuracy": (float, NoneType), "standard_error": (float, NoneType)}, NoneType)
 STAGE = {**ANSWERS, "stage": str, "siblings": RANKED, "siblings_fixed": RANKED}
+
+
+@dataclass
+class Table:
+    """A Markdown table. The first cell of a line names it."""
+
+    headings: list[str]
+    lines: list[list[str]]
+
+    def select(self, first: str, headings: list[str]) -> "Table":
+        """The names of the lines under the heading `first`, and the columns with these headings."""
+        places = [0, *(self.headings.index(heading) for heading in headings)]
+        return Table([first, *headings], [[line[place] for place in places] for line in self.lines])
+
+    def markdown(self) -> str:
+        rule = "|---" * len(self.headings) + "|"
+        lines = ["| " + " | ".join(line) + " |" for line in [self.headings, *self.lines]]
+        return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def percent(row: dict, digits: int = 1) -> str:
