@@ -540,15 +540,15 @@ class Engine:
             if self.waiting and 8 * len(free) >= len(self.searches):
                 yield from self.start_searches(free, start)
             elif not (self.waiting or self.static) and 2 * len(free) >= len(self.searches):
-                self.drop_rows(free)
+                self.drop_free_rows()
             if any(lane.live for lane in self.lanes):
                 self.decode()
                 for row in self.finish_steps():
                     yield from self.advance(row)
 
-    def drop_rows(self, free: list[int]):
-        """Go on without these rows: a pass would read them for nothing."""
-        kept = [row for row in range(len(self.searches)) if row not in set(free)]
+    def drop_free_rows(self):
+        """Go on without the rows that no search runs in: a pass would read them for nothing."""
+        kept = [row for row, search in enumerate(self.searches) if search]
         self.cache.keep(kept)
         self.searches = [self.searches[row] for row in kept]
         self.free_slots = [self.free_slots[row] for row in kept]

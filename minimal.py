@@ -43,7 +43,7 @@ class Node:
     state: list[int]  # tokens of the question and of all steps down to this one
     tokens: list[int] = field(default_factory=list)  # those of this step
     depth: int = 0
-    ending: str | None = None  # "answer", "eos", "cut" or "deep" of terminal steps; or "open"
+    ending: str | None = None  # "answer", "eos", "cut", "deep": terminal; None: goes on; "open"
     logp: float = 0.0  # log pi(tokens | state of the parent) of the policy that sampled them
     value: float = 0.0  # V(state), between -1 (it will end wrong) and 1 (right)
     children: list["Node"] = field(default_factory=list)

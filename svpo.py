@@ -554,13 +554,16 @@ def rescore(model: Llama, trees: list[Tree], pack_tokens: int = 0) -> list[Tree]
 def fit_value(
     model: Llama, lessons: list[Lesson], pack_tokens: int = 0
 ) -> tuple[Tensor, Tensor] | None:
-    """A linear value head by least squares: weight (1, D) and bias (1,), or None without targets.
+    """The value head by least squares: weight (1, D) and bias (1,).
 
-    Its inputs are the model's hidden states at the nodes that have a target. A fresh head learns
-    slowly at the rate of a pretrained model, and its gradients disturb the layers below (linear
-    probing before fine-tuning, arXiv 2202.10054). Each input is scaled to a standard deviation of
-    1, and the square of each weight then costs PENALTY. Each rank reads its share of the trees.
+    None if the head is not linear, or if there is no target. Its inputs are the model's hidden
+    states at the nodes that have a target. A fresh head learns slowly at the rate of a pretrained
+    model, and its gradients disturb the layers below (linear probing before fine-tuning, arXiv
+    2202.10054). Each input is scaled to a standard deviation of 1, and the square of each weight
+    then costs PENALTY. Each rank reads its share of the trees.
     """
+    if not isinstance(model.value_head, torch.nn.Linear):
+        return None
     width = model.config.hidden_size
     device = model.output_weight().device
     sums = torch.zeros(width + 2, width + 2, dtype=torch.float64, device=device)

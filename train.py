@@ -638,17 +638,18 @@ def model_to_train(
 ) -> Llama:
     """The model in `previous` before its first step; the lessons get its reference."""
     train = job.train
+    objective = OBJECTIVES[job.losses.objective]
     head = None
-    if number == 1 and train.fit_value and not find_checkpoints(stage):
+    if number == 1 and train.fit_value and objective.value and not find_checkpoints(stage):
         head = fit_value(job.load(previous), lessons, train.pack_tokens)
     # weights are float32 whatever the type to compute in; those that LoRA freezes are not
     model = job.load(previous, "" if train.lora_rank else "float32")
     if train.lora_rank:  # the reference is computed while training
         add_lora(model, train.lora_rank, job.run.seed + number)
-    elif number and OBJECTIVES[job.losses.objective].reference:
+    elif number and objective.reference:
         # in bfloat16 log pi of a step depends on what it is packed with, by 0.36 nats
         add_reference(model, lessons, stage / "reference.safetensors", train.pack_tokens)
-    if head and isinstance(model.value_head, torch.nn.Linear):  # another one starts as drawn
+    if head:  # after the reference, whose fingerprint is that of the model as it was loaded
         with torch.no_grad():
             model.value_head.weight.copy_(head[0])
             model.value_head.bias.copy_(head[1])

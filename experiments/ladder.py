@@ -4,11 +4,13 @@
     python experiments/ladder.py --answers --rows NAME ...      other ways to answer, of models
     python experiments/ladder.py --gradients                    how alike objectives' gradients are
 
-Every row trains one round from the same SFT model of a seed, on the same trees, and answers the
-validation and the test questions. We choose by validation and report test. A row that learns from
-fewer trees takes fewer steps; its line says how many. Rows without targets of V (rft, dvo and the
-three kinds of GRPO) leave it untrained, so their beams choose at random. A row appends a line to
-experiments/ladder.jsonl; run the same command again to resume.
+The row `svpo` is the earlier default (`svpo-good-steps`, value losses 1 and 0.5, no fitted V), and
+most others change it in one place. Every row trains one round from the same SFT model of a seed, on
+the same trees, and answers the validation and the test questions. We choose by validation and
+report test. A row that learns from fewer trees takes fewer steps; its line says how many. Rows
+without targets of V (rft, dvo and the three kinds of GRPO) leave it untrained, so their beams
+choose at random. A row appends a line to experiments/ladder.jsonl; run the same command again to
+resume.
 
 Dimension key: T tokens.
 """

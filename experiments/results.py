@@ -359,9 +359,9 @@ def ladder_rows(ladder: list[dict], task: str) -> dict[str, dict[int, dict]]:
     """Row -> seed -> its line, in the order of experiments/ladder.py."""
     from experiments.ladder import ROWS  # here, because it loads torch
 
+    lines = [line for line in ladder if line["kind"] == "row" and line["task"] == task]
     found = {}
     for name in ROWS:
-        lines = [line for line in ladder if line["kind"] == "row" and line["task"] == task]
         seeds = {line["seed"]: line for line in lines if line["row"] == name}
         if seeds:
             found[name] = seeds

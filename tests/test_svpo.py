@@ -630,14 +630,8 @@ def test_pack_by_hand():
 def test_a_fitted_value_is_least_squares(model, tokenizer):
     """Catches hidden states of other nodes than the targets', targets of nodes that have none, a
     penalty on the bias or on unscaled weights, and packs that change the result."""
-    trees = list(
-        search_trees(
-            model,
-            tokenizer,
-            QUESTIONS,
-            SearchConfig(simulations=6, expand_width=3, max_depth=4, max_step_tokens=8),
-        )
-    )
+    config = SearchConfig(simulations=6, expand_width=3, max_depth=4, max_step_tokens=8)
+    trees = list(search_trees(model, tokenizer, QUESTIONS, config))
     lessons = [learn(tree, LossConfig()) for tree in trees]
     rows, targets = [], []
     with torch.no_grad():
@@ -658,7 +652,5 @@ def test_a_fitted_value_is_least_squares(model, tokenizer):
         weight_1D, bias_1 = fit_value(model, lessons, pack_tokens)
         found_E = x_ED @ weight_1D[0] + bias_1
         torch.testing.assert_close(found_E, z_ED @ wanted_D + y_E.mean(), atol=1e-4, rtol=1e-4)
-    assert (
-        len(y_E) > 50
-        and fit_value(model, [learn(tree, LossConfig("rft")) for tree in trees]) is None
-    )
+    assert len(y_E) > 50
+    assert fit_value(model, [learn(tree, LossConfig("rft")) for tree in trees]) is None
